@@ -1,0 +1,48 @@
+# Two commands do everything on a fresh machine: `make demo` and `make test`.
+PYTHON ?= python3
+TAG := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null)
+ifeq ($(TAG),)
+$(error PYTHON=$(PYTHON) does not run; name an interpreter of Python 3.11 or newer)
+endif
+VENV ?= .venv/$(TAG)
+BIN := $(VENV)/bin
+# Exact versions that were tested; other Pythons resolve freely.
+LOCK := $(wildcard constraints/py$(TAG).txt)
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(addprefix -c ,$(LOCK))
+WORKERS ?= 2
+
+.PHONY: demo test test-slow lint format clean
+demo: $(VENV)/ready
+	$(BIN)/jaxlab train demo
+
+test: $(VENV)/ready-dev
+	$(BIN)/python -m pytest -n $(WORKERS) -m "not slow"
+
+test-slow: $(VENV)/ready-aot
+	$(BIN)/python -m pytest -m slow
+
+lint: $(VENV)/ready-dev
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/pyright --pythonpath $(BIN)/python
+
+format: $(VENV)/ready-dev
+	$(BIN)/ruff check --fix . ; $(BIN)/ruff format .
+
+clean:
+	rm -rf .venv .cache build *.egg-info
+
+$(BIN)/python:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed")'
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/ready: pyproject.toml $(LOCK) | $(BIN)/python
+	@echo "installing into $(VENV) (a minute or two)"
+	$(PIP) -e .
+	@touch $@
+
+$(VENV)/ready-dev: $(VENV)/ready
+	$(PIP) -e '.[dev]'
+	@touch $@
+
+$(VENV)/ready-aot: $(VENV)/ready-dev
+	$(PIP) -e '.[dev,tpu-aot]'
+	@touch $@

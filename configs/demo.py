@@ -1,0 +1,25 @@
+"""Byte-level decoder LM on the manual that ships with Python; a laptop CPU, under two minutes.
+
+Launch:   jaxlab train demo
+Expected: held-out loss about 1.9 nats per byte (bigram model: 2.4) in 90 s on 2 cores
+"""
+
+from models.decoder import DecoderConfig
+from train.data.text import Text
+from train.evaluate import Bigram, HeldOut, Sample
+from train.objectives import NextToken
+from train.optimizer import Optimizer
+from train.run import Run
+
+
+def run() -> Run:
+    """The embedded default."""
+    return Run(
+        model=DecoderConfig(),
+        objective=NextToken(),
+        source=Text(),
+        evaluators=(HeldOut(), Bigram(), Sample()),
+        optimizer=Optimizer(name="muon", lr=0.01),
+        steps=300,
+        eval_every=100,
+    )

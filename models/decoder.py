@@ -1,0 +1,159 @@
+"""Decoder-only language model: Llama 3 and Qwen 3 dense shapes by configuration."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Annotated, Literal
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from jaxlab.rope import rope_frequencies
+from models.layers import ATTENTION, MIXERS, MLP, RMSNorm, weight
+from sharding.rules import constrain
+
+# What a block keeps for the backward pass; `None` recomputes everything.
+REMAT: dict[str, Callable | None] = {
+    "full": None,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "attention": jax.checkpoint_policies.save_only_these_names("attn_out", "attn_lse"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class DecoderConfig:
+    """Shape of a decoder LM. Defaults are the demo's: 0.8 M parameters, byte vocabulary."""
+
+    vocab: Annotated[int, "vocabulary size; at least the tokenizer's"] = 256
+    layers: Annotated[int, "number of blocks"] = 4
+    d_model: Annotated[int, "width of the residual stream"] = 128
+    heads: Annotated[int, "query heads"] = 4
+    kv_heads: Annotated[int, "key/value heads; divides heads"] = 4
+    head_dim: Annotated[int, "size of a head"] = 32
+    mlp: Annotated[int, "hidden width of the SwiGLU"] = 384
+    pattern: Annotated[tuple[str, ...], "mixers of consecutive layers, repeated"] = ("attention",)
+    attention: Annotated[Literal["dense", "blockwise"], "how softmax attention is computed"] = (
+        "dense"
+    )
+    qk_norm: Annotated[bool, "RMSNorm on queries and keys (Qwen 3)"] = False
+    tied: Annotated[bool, "share the input and output embedding"] = False
+    rope_theta: Annotated[float, "base of the rotary frequencies"] = 10_000.0
+    norm_eps: Annotated[float, "epsilon of RMSNorm"] = 1e-6
+    remat: Annotated[Literal["none", "full", "dots", "attention"], "what the backward keeps"] = (
+        "none"
+    )
+    dtype: Annotated[Literal["auto", "float32", "bfloat16"], "compute type; auto: f32 on CPU"] = (
+        "auto"
+    )
+    param_dtype: Annotated[Literal["float32", "bfloat16"], "type of the parameters"] = "float32"
+
+    def check(self, mesh_sizes: dict[str, int]) -> None:
+        """ValueError for shapes that cannot be built, naming the field and what is allowed."""
+        for name in ("vocab", "layers", "d_model", "heads", "kv_heads", "head_dim", "mlp"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"model.{name}={getattr(self, name)} must be at least 1")
+        if self.heads % self.kv_heads:
+            legal = [n for n in range(1, self.heads + 1) if self.heads % n == 0]
+            raise ValueError(
+                f"model.kv_heads={self.kv_heads} must divide model.heads={self.heads}: use {legal}"
+            )
+        if self.head_dim % 2:
+            raise ValueError(f"model.head_dim={self.head_dim} must be even (rotary positions)")
+        if not self.pattern or self.layers % len(self.pattern):
+            raise ValueError(
+                f"model.layers={self.layers} must be a multiple of the {len(self.pattern)} entries "
+                f"of model.pattern={self.pattern}"
+            )
+        for name in self.pattern:
+            if name not in MIXERS:
+                raise ValueError(f"model.pattern has {name!r}; allowed are {sorted(MIXERS)}")
+        if self.attention not in ATTENTION:
+            raise ValueError(f"model.attention={self.attention!r}; allowed are {list(ATTENTION)}")
+        tensor = mesh_sizes.get("tensor", 1)
+        for name in ("heads", "kv_heads"):
+            if getattr(self, name) % tensor:
+                size = getattr(self, name)
+                legal = [n for n in range(1, size + 1) if size % n == 0]
+                raise ValueError(
+                    f"model.{name}={size} is not divisible by mesh.tensor={tensor}; "
+                    f"use mesh.tensor in {legal}"
+                )
+
+    def build(self, platform: str) -> "Decoder":
+        """The module, with `dtype='auto'` settled for `platform` (cpu, gpu, tpu)."""
+        dtype = self.dtype
+        if dtype == "auto":
+            dtype = "float32" if platform == "cpu" else "bfloat16"
+        return Decoder(dataclasses.replace(self, dtype=dtype))
+
+
+class Block(nn.Module):
+    """Pre-norm residual layers, one per entry of `config.pattern`."""
+
+    config: DecoderConfig
+
+    @nn.compact
+    def __call__(self, x, positions, segment_ids, inv_freq):
+        c = self.config
+        norm = lambda name: RMSNorm(c.norm_eps, c.param_dtype, name=name)  # noqa: E731
+        for i, mixer in enumerate(c.pattern):
+            x = constrain(x, "batch", "length", "act_embed")
+            mix = MIXERS[mixer](c, name=f"mixer_{i}")
+            x = x + mix(norm(f"mixer_norm_{i}")(x), positions, segment_ids, inv_freq)
+            x = x + MLP(c, name=f"mlp_{i}")(norm(f"mlp_norm_{i}")(x))
+        return x, None
+
+
+class Decoder(nn.Module):
+    """Embedding, scanned blocks, final norm and output head; `hidden` and `unembedding` apart,
+    so that an objective can compute its loss without [tokens, vocab] in memory."""
+
+    config: DecoderConfig
+
+    def setup(self):
+        c = self.config
+        shape = (c.vocab, c.d_model)
+        self.embedding = weight(self, "embedding", shape, ("vocab_in", None), c.d_model**-0.5, c.param_dtype)
+        block = Block
+        if c.remat != "none":
+            block = nn.remat(Block, policy=REMAT[c.remat], prevent_cse=False)
+        self.blocks = nn.scan(
+            block,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=(nn.broadcast,) * 3,
+            length=c.layers // len(c.pattern),
+            metadata_params={nn.PARTITION_NAME: "layers"},
+        )(c)
+        self.norm = RMSNorm(c.norm_eps, c.param_dtype)
+        if not c.tied:
+            shape = (c.d_model, c.vocab)
+            std = c.d_model**-0.5
+            self.head = weight(self, "head", shape, ("embed", "vocab"), std, c.param_dtype)
+
+    def hidden(
+        self,
+        tokens: Int[Array, "b t"],
+        positions: Int[Array, "b t"] | None = None,
+        segment_ids: Int[Array, "b t"] | None = None,
+    ) -> Float[Array, "b t d"]:
+        """Final normalised activations, in the compute type."""
+        c = self.config
+        if positions is None:
+            positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+        inv_freq = jnp.asarray(rope_frequencies(c.head_dim, c.rope_theta))
+        x = self.embedding.astype(c.dtype)[tokens]
+        x, _ = self.blocks(x, positions, segment_ids, inv_freq)
+        return self.norm(x)
+
+    def unembedding(self) -> Float[Array, "d v"]:
+        """Output matrix: logits = hidden @ unembedding."""
+        return (self.embedding.T if self.config.tied else self.head).astype(self.config.dtype)
+
+    def __call__(self, tokens, positions=None, segment_ids=None) -> Float[Array, "b t v"]:
+        """Logits in float32."""
+        x = self.hidden(tokens, positions, segment_ids)
+        return jnp.einsum(
+            "btd,dv->btv", x, self.unembedding(), preferred_element_type=jnp.float32
+        )

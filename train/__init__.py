@@ -1,0 +1,1 @@
+"""The one trainer, its sources, evaluators, checkpoints and command line."""

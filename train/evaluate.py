@@ -1,0 +1,131 @@
+"""Evaluators: each is made once for a run and then maps parameters to named values."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Annotated, Any, Protocol
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from train.feed import global_batch
+
+
+@dataclasses.dataclass(frozen=True)
+class Scene:
+    """What an evaluator may use: the run, its model's apply, its mesh and this process's rows."""
+
+    run: Any
+    apply: Callable
+    mesh: Mesh
+    rows: tuple[int, int]
+
+
+class Evaluator(Protocol):
+    """An evaluation, in two stages, so that compilation and data are paid once."""
+
+    def check(self, run: Any) -> None:
+        """ValueError when it cannot be applied to this run."""
+        ...
+
+    def make(self, scene: Scene) -> Callable[[Any, int], dict[str, float | str]]:
+        """Function of (parameters, step) that returns named numbers and texts."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class HeldOut:
+    """Metrics of the objective on the held-out split, exact over the tokens seen."""
+
+    batches: Annotated[int, "batches of the held-out split; 0: all of it"] = 8
+
+    def check(self, run) -> None:
+        if self.batches < 0:
+            raise ValueError(f"evaluators batches={self.batches} must be at least 0")
+
+    def make(self, scene):
+        run, index_count = scene.run, scene.rows
+        rows = run.source.make(
+            run.batch, seed=run.seed, split="valid",
+            process_index=index_count[0], process_count=index_count[1],
+        )  # fmt: skip
+        total = rows.num_batches if self.batches == 0 else min(self.batches, rows.num_batches)
+
+        @jax.jit
+        def metrics(params, batch):
+            return run.objective(scene.apply, params, batch, jax.random.key(run.seed))[1]
+
+        def evaluate(params, step):
+            sums: dict[str, np.ndarray] = {}
+            for i in range(max(total, 1)):
+                batch = global_batch(lambda r, i=i: rows.batch_at(i, r), rows.spec, scene.mesh)
+                for name, pair in jax.device_get(metrics(params, batch)).items():
+                    sums[name] = sums.get(name, 0.0) + np.asarray(pair, np.float64)
+            return {f"valid/{n}": float(s / max(w, 1e-30)) for n, (s, w) in sums.items()}
+
+        return evaluate
+
+
+@dataclasses.dataclass(frozen=True)
+class Bigram:
+    """Loss of a smoothed bigram model fitted on the training split: the bar to beat."""
+
+    def check(self, run) -> None:
+        if not hasattr(run.source, "tokenizer"):
+            raise ValueError("evaluator Bigram needs a text source")
+
+    def make(self, scene):
+        from train.data.bigram import bigram_loss
+
+        run = scene.run
+        value: list[float] = []
+
+        def evaluate(params, step):
+            if not value:
+                plain = dataclasses.replace(run.source, packing="concat")
+                train, valid = (
+                    plain.make(run.batch, seed=run.seed, split=s) for s in ("train", "valid")
+                )
+                value.append(float(bigram_loss(train, valid, run.model.vocab)))
+            return {"valid/bigram": value[0]}
+
+        return evaluate
+
+
+@dataclasses.dataclass(frozen=True)
+class Sample:
+    """A continuation written by the model."""
+
+    prompt: Annotated[str, "text to continue"] = "The "
+    tokens: Annotated[int, "tokens to write"] = 200
+    temperature: Annotated[float, "0: greedy"] = 0.8
+
+    def check(self, run) -> None:
+        if self.tokens < 1 or self.temperature < 0:
+            raise ValueError(
+                f"evaluator Sample: tokens={self.tokens} must be >= 1 and "
+                f"temperature={self.temperature} >= 0"
+            )
+
+    def make(self, scene):
+        from models.generate import sample
+        from train.data.text import load_tokenizer
+
+        run = scene.run
+        tokenizer = load_tokenizer(run.source.tokenizer)
+        ids = list(tokenizer.encode(self.prompt))
+        bos = [] if tokenizer.bos is None else [tokenizer.bos]
+        prompt = np.asarray([bos + ids], np.int32)
+
+        def evaluate(params, step):
+            key = jax.random.fold_in(jax.random.key(run.seed), step)
+            out = sample(
+                scene.apply, params, prompt, key, self.temperature,
+                new=self.tokens, window=run.source.seq_len,
+            )  # fmt: skip
+            ids = [int(t) for t in jax.device_get(out)[0]]
+            if tokenizer.eos in ids:
+                ids = ids[: ids.index(tokenizer.eos)]
+            return {"sample": self.prompt + tokenizer.decode(ids)}
+
+        return evaluate

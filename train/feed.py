@@ -1,0 +1,99 @@
+"""From a source's rows to sharded global batches, ahead of the step that needs them."""
+
+import concurrent.futures
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+
+from sharding.rules import spec_of
+
+
+def batch_shardings(spec: dict[str, jax.ShapeDtypeStruct], mesh: Mesh) -> dict[str, NamedSharding]:
+    """Rows over (data, fsdp); a second axis, if there is one, over (ring, context)."""
+    axes = ("batch", "length")
+    return {
+        name: NamedSharding(mesh, spec_of((*axes, None, None)[: len(s.shape)], mesh=mesh))
+        for name, s in spec.items()
+    }
+
+
+def abstract_batch(spec: dict[str, jax.ShapeDtypeStruct], mesh: Mesh):
+    """The batch as shapes with shardings, for compiling ahead of time."""
+    placed = batch_shardings(spec, mesh)
+    return {
+        n: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=placed[n]) for n, s in spec.items()
+    }
+
+
+def row_shard(mesh: Mesh, batch: int) -> tuple[int, int]:
+    """(index, count): which equal part of a batch's rows this process holds.
+
+    Processes that share rows (the sequence is split between them) get the same index.
+    """
+    sharding = NamedSharding(mesh, spec_of(("batch",), mesh=mesh))
+    slices = [i[0] for i in sharding.addressable_devices_indices_map((batch,)).values()]
+    starts = [s.indices(batch)[0] for s in slices]
+    stops = [s.indices(batch)[1] for s in slices]
+    size = max(stops) - min(starts)
+    return min(starts) // size, batch // size
+
+
+def global_batch(fetch: Callable[[slice], dict[str, np.ndarray]], spec, mesh: Mesh):
+    """Assembles global arrays; `fetch(rows)` is asked once for each range held here."""
+    cache: dict[tuple[int, int], dict[str, np.ndarray]] = {}
+    placed = batch_shardings(spec, mesh)
+
+    def part(name: str, index: tuple[slice, ...]) -> np.ndarray:
+        start, stop, _ = index[0].indices(spec[name].shape[0])
+        if (start, stop) not in cache:
+            cache[start, stop] = fetch(slice(start, stop))
+        return cache[start, stop][name][(slice(None), *index[1:])]
+
+    return {
+        name: jax.make_array_from_callback(s.shape, placed[name], lambda i, n=name: part(n, i))
+        for name, s in spec.items()
+    }
+
+
+class Feed:
+    """Batches of consecutive steps, as (batch, source state); prepared in a thread where possible.
+
+    Three kinds of source: `batch_at(step, rows)` is a pure function of the step; `__next__` is a
+    stream, whose state belongs in the checkpoint; `batch_from(step, params)` looks at the
+    parameters and returns global arrays.
+    """
+
+    def __init__(self, source: Any, mesh: Mesh, step: int, ahead: int = 2):
+        self.source, self.mesh, self.spec = source, mesh, source.spec
+        self._next, self._ahead = step, ahead
+        self._pool = concurrent.futures.ThreadPoolExecutor(1, "feed")
+        self._queue: list[concurrent.futures.Future] = []
+
+    def _make(self, step: int):
+        if hasattr(self.source, "batch_at"):
+            fetch = lambda rows: self.source.batch_at(step, rows)  # noqa: E731
+            return global_batch(fetch, self.spec, self.mesh), None
+        local = next(self.source)
+        first = row_shard(self.mesh, self.source.batch)[0] * len(next(iter(local.values())))
+        fetch = lambda rows: {  # noqa: E731
+            k: v[rows.start - first : rows.stop - first] for k, v in local.items()
+        }
+        return global_batch(fetch, self.spec, self.mesh), self.source.get_state()
+
+    def take(self, params: Any):
+        """The batch of the next step and the state that continues after it."""
+        if hasattr(self.source, "batch_from"):
+            batch = self.source.batch_from(self._next, params)
+            self._next += 1
+            return batch, getattr(self.source, "get_state", lambda: None)()
+        while len(self._queue) <= self._ahead:
+            self._queue.append(self._pool.submit(self._make, self._next))
+            self._next += 1
+        return self._queue.pop(0).result()
+
+    def close(self) -> None:
+        """Stops the thread."""
+        self._pool.shutdown(wait=True, cancel_futures=True)

@@ -1,0 +1,59 @@
+"""Objectives: one function `(apply, params, batch, key) -> (loss, metrics)` each.
+
+`loss` is a float32 sum; `metrics` maps names to (sum, weight) pairs, and `metrics["loss"]` holds the
+loss with the weight that the trainer divides the gradient by, after summing over every microbatch.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Annotated, Protocol
+
+import jax
+from jaxtyping import Array, Float
+
+from jaxlab.tiled import tiled_cross_entropy
+
+Metrics = dict[str, tuple[Float[Array, ""], Float[Array, ""]]]
+Batch = dict[str, jax.Array]
+
+
+class Objective(Protocol):
+    """What the trainer knows of an objective: it can be called, and checked against a run."""
+
+    def __call__(
+        self, apply: Callable, params, batch: Batch, key: jax.Array
+    ) -> tuple[Float[Array, ""], Metrics]:
+        """The summed loss of a microbatch and its metrics."""
+        ...
+
+    def check(self, model, source) -> None:
+        """ValueError when the model or the source cannot serve this objective."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class NextToken:
+    """Cross-entropy of the next token, in nats per token that has a target."""
+
+    tiles: Annotated[int, "sequence tiles of the loss; more tiles, less memory for logits"] = 1
+    z_loss: Annotated[float, "weight of logsumexp^2, keeps logits from drifting"] = 0.0
+
+    def __call__(self, apply, params, batch, key):
+        hidden = apply(
+            params, batch["tokens"], batch["positions"], batch["segment_ids"], method="hidden"
+        )
+        head = apply(params, method="unembedding")
+        loss, count = tiled_cross_entropy(
+            hidden, head, batch["targets"], n_tiles=self.tiles, z_loss=self.z_loss
+        )
+        return loss, {"loss": (loss, count)}
+
+    def check(self, model, source) -> None:
+        if not hasattr(model, "vocab"):
+            raise ValueError(f"objective next-token needs a language model, got {model}")
+        if self.tiles < 1 or source.seq_len % self.tiles:
+            legal = [n for n in range(1, source.seq_len + 1) if source.seq_len % n == 0]
+            raise ValueError(
+                f"objective.tiles={self.tiles} must divide source.seq_len={source.seq_len}: "
+                f"use one of {legal}"
+            )

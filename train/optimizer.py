@@ -1,0 +1,107 @@
+"""Optax optimisers from configuration: adamw, muon, sgd; schedules, clipping, decay masks."""
+
+import dataclasses
+import math
+from typing import Annotated, Literal
+
+import jax
+import optax
+
+Schedule = Literal["cosine", "linear", "constant", "wsd"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Optimizer:
+    """What turns gradients into updates."""
+
+    name: Annotated[Literal["adamw", "muon", "sgd"], "update rule"] = "adamw"
+    lr: Annotated[float, "peak learning rate"] = 3e-3
+    schedule: Annotated[Schedule, "shape after the warm-up; wsd: constant, then linear"] = "cosine"
+    warmup: Annotated[int, "steps of linear warm-up"] = 20
+    final: Annotated[float, "last learning rate as a fraction of lr"] = 0.1
+    decay: Annotated[float, "fraction of the steps that wsd spends decaying"] = 0.2
+    weight_decay: Annotated[float, "decoupled weight decay of matrices (norms have none)"] = 0.1
+    b1: Annotated[float, "first-moment decay; momentum of muon and sgd"] = 0.9
+    b2: Annotated[float, "second-moment decay"] = 0.95
+    clip: Annotated[float, "clip the gradient to this global norm; 0: do not"] = 1.0
+    ema: Annotated[float, "decay of an averaged copy of the parameters; 0: none"] = 0.0
+
+    def check(self, steps: int) -> None:
+        """ValueError for values out of range."""
+        for name in ("lr", "weight_decay", "clip"):
+            if not (math.isfinite(getattr(self, name)) and getattr(self, name) >= 0):
+                raise ValueError(f"optimizer.{name}={getattr(self, name)} must be finite and >= 0")
+        for name in ("b1", "b2", "ema"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"optimizer.{name}={getattr(self, name)} must be in [0, 1)")
+        for name in ("final", "decay"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"optimizer.{name}={getattr(self, name)} must be in [0, 1]")
+        if not 0 <= self.warmup <= steps:
+            raise ValueError(f"optimizer.warmup={self.warmup} must be between 0 and steps={steps}")
+
+
+def learning_rate(config: Optimizer, steps: int) -> optax.Schedule:
+    """Learning rate as a function of the step."""
+    end, rest = config.lr * config.final, max(steps - config.warmup, 1)
+    if config.schedule == "cosine":
+        after = optax.cosine_decay_schedule(config.lr, rest, config.final)
+    elif config.schedule == "linear":
+        after = optax.linear_schedule(config.lr, end, rest)
+    elif config.schedule == "wsd":
+        tail = max(int(rest * config.decay), 1)
+        flat = optax.constant_schedule(config.lr)
+        fall = optax.linear_schedule(config.lr, end, tail)
+        after = optax.join_schedules([flat, fall], [rest - tail])
+    else:
+        after = optax.constant_schedule(config.lr)
+    # The first step already moves: warm-up runs over (1..warmup)/warmup.
+    rise = lambda step: config.lr * (step + 1) / max(config.warmup, 1)  # noqa: E731
+    return optax.join_schedules([rise, after], [config.warmup])
+
+
+def make_optimizer(config: Optimizer, steps: int, axes) -> optax.GradientTransformation:
+    """The optax transformation; `axes` is the tree of logical axis names of the parameters."""
+    lr = learning_rate(config, steps)
+    is_axes = lambda x: isinstance(x, tuple)  # noqa: E731
+    decays = jax.tree.map(lambda a: "norm" not in a, axes, is_leaf=is_axes)
+    if config.name == "adamw":
+        rule = optax.adamw(
+            lr, config.b1, config.b2, weight_decay=config.weight_decay, mask=decays
+        )
+    elif config.name == "muon":
+        dimensions = jax.tree.map(_muon_dimensions, axes, is_leaf=is_axes)
+        rule = optax.contrib.muon(
+            lr,
+            beta=config.b1,
+            weight_decay=config.weight_decay,
+            weight_decay_mask=decays,
+            adam_b1=config.b1,
+            adam_b2=config.b2,
+            adam_weight_decay=config.weight_decay,
+            muon_weight_dimension_numbers=dimensions,
+            consistent_rms=0.2,
+        )
+    else:
+        rule = optax.chain(
+            optax.add_decayed_weights(config.weight_decay, decays), optax.sgd(lr, config.b1)
+        )
+    clip = [optax.clip_by_global_norm(config.clip)] if config.clip else []
+    return optax.chain(*clip, rule)
+
+
+def _muon_dimensions(axes: tuple[str | None, ...]):
+    """How muon sees a parameter as a stack of matrices; None leaves it to adam.
+
+    Embeddings, heads and norms go to adam (Jordan et al., 2024); elsewhere the residual-stream axis
+    is one side of the matrix and all other axes but the layers are the other.
+    """
+    sides = [i for i, name in enumerate(axes) if name != "layers"]
+    if "embed" not in axes or "vocab" in axes or len(sides) < 2:
+        return None
+    inner = axes.index("embed")
+    rest = tuple(i for i in sides if i != inner)
+    first = inner < rest[0]
+    return optax.contrib.MuonDimensionNumbers(
+        reduction_axis=(inner,) if first else rest, output_axis=rest if first else (inner,)
+    )

@@ -1,0 +1,126 @@
+"""Command-line overrides: `key.path=value` on nested frozen dataclasses, types checked."""
+
+import ast
+import dataclasses
+import difflib
+import types
+import typing
+from typing import Any, Literal
+
+
+def override(config: Any, assignments: list[str]) -> Any:
+    """`config` with every "path=value" applied; ValueError names the nearest valid field or value."""
+    for text in assignments:
+        path, sep, value = text.partition("=")
+        if not sep or not path:
+            raise ValueError(f"override {text!r} must look like field=value, e.g. optimizer.lr=1e-3")
+        config = _set(config, path.split("."), value, path)
+    return config
+
+
+def _set(node: Any, keys: list[str], text: str, path: str) -> Any:
+    key, rest = keys[0], keys[1:]
+    if isinstance(node, tuple):
+        if not key.isdigit() or int(key) >= len(node):
+            raise ValueError(f"{path}: {key!r} is not an index below {len(node)}")
+        items = list(node)
+        items[int(key)] = _set(items[int(key)], rest, text, path)
+        return tuple(items)
+    if not dataclasses.is_dataclass(node):
+        raise ValueError(f"{path}: {type(node).__name__} has no field {key!r}")
+    fields = [f.name for f in dataclasses.fields(node)]
+    if key not in fields:
+        near = difflib.get_close_matches(key, fields, n=3, cutoff=0.5)
+        hint = f"did you mean {' or '.join(near)}? " if near else ""
+        raise ValueError(f"unknown field {path!r}: {hint}fields here: {', '.join(fields)}")
+    old = getattr(node, key)
+    if rest:
+        return dataclasses.replace(node, **{key: _set(old, rest, text, path)})
+    if dataclasses.is_dataclass(old):
+        inner = ", ".join(f"{path}.{f.name}" for f in dataclasses.fields(old))
+        raise ValueError(f"{path} is a group of fields, set one of: {inner}")
+    return dataclasses.replace(node, **{key: parse(text, _hint(node, key), path)})
+
+
+def _hint(node: Any, key: str) -> Any:
+    return typing.get_type_hints(type(node), include_extras=True)[key]
+
+
+def parse(text: str, hint: Any, path: str) -> Any:
+    """`text` as a value of the type `hint`."""
+    if typing.get_origin(hint) is typing.Annotated:
+        hint = typing.get_args(hint)[0]
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    wrong = ValueError(f"{path}={text!r} is not {describe(hint)}")
+    if origin is Literal:
+        if text in args:
+            return text
+        near = difflib.get_close_matches(text, args, n=1, cutoff=0.4)
+        hint_text = f"; did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"{path}={text!r} is not one of {', '.join(args)}{hint_text}")
+    if origin in (typing.Union, types.UnionType):
+        for option in args:
+            try:
+                return parse(text, option, path)
+            except ValueError:
+                continue
+        raise wrong
+    if hint is type(None):
+        if text.lower() in ("none", "null"):
+            return None
+        raise wrong
+    if hint is str:
+        return text
+    if hint is bool:
+        if text.lower() in ("true", "false"):
+            return text.lower() == "true"
+        raise ValueError(f"{path}={text!r} is not true or false")
+    if origin is tuple:
+        parts = [p for p in text.strip("()[]").split(",") if p.strip()]
+        return tuple(parse(p.strip().strip("'\""), args[0], path) for p in parts)
+    try:
+        value = ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        raise wrong from None
+    if hint is float and type(value) in (int, float):
+        return float(value)
+    if hint is int and (type(value) is int or (type(value) is float and value.is_integer())):
+        return int(value)
+    raise wrong
+
+
+def describe(hint: Any) -> str:
+    """A type in words, for help and errors."""
+    if typing.get_origin(hint) is typing.Annotated:
+        hint = typing.get_args(hint)[0]
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Literal:
+        return "|".join(args)
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(describe(a) for a in args)
+    if origin is tuple:
+        return f"list of {describe(args[0])}, comma-separated" if args else "list"
+    return {int: "an integer", float: "a number", bool: "true|false", str: "text"}.get(
+        hint, getattr(hint, "__name__", str(hint))
+    )
+
+
+def field_help(config: Any, prefix: str = "") -> list[tuple[str, str, str, str]]:
+    """(path, type, value, help line) of every leaf, in order."""
+    rows = []
+    if isinstance(config, tuple):
+        for i, item in enumerate(config):
+            rows += field_help(item, f"{prefix}{i}.")
+        return rows
+    hints = typing.get_type_hints(type(config), include_extras=True)
+    for field in dataclasses.fields(config):
+        value, path = getattr(config, field.name), prefix + field.name
+        group = isinstance(value, tuple) and value and dataclasses.is_dataclass(value[0])
+        if dataclasses.is_dataclass(value) or group:
+            rows += field_help(value, path + ".")
+        else:
+            hint = hints[field.name]
+            annotated = typing.get_origin(hint) is typing.Annotated
+            text = typing.get_args(hint)[1] if annotated else ""
+            rows.append((path, describe(hint), str(value), text))
+    return rows

@@ -1,0 +1,142 @@
+"""What is printed about a run: plan, compiled plan, checkpoint contents, final summary."""
+
+import dataclasses
+import math
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from train.run import Run
+
+
+def spec_text(array: jax.ShapeDtypeStruct) -> str:
+    """Type, shape and sharding in one word: float32[64@fsdp,256@tensor]."""
+    spec = getattr(getattr(array, "sharding", None), "spec", ())
+    parts = []
+    for size, part in zip(array.shape, (*spec, *[None] * len(array.shape)), strict=False):
+        axes = (part,) if isinstance(part, str) else (part or ())
+        parts.append(f"{size}@{'+'.join(axes)}" if axes else str(size))
+    return f"{array.dtype}[{','.join(parts)}]"
+
+
+def per_device_bytes(tree: Any) -> int:
+    """Bytes one device holds of a tree of sharded shapes."""
+    return sum(
+        math.prod(a.sharding.shard_shape(a.shape)) * a.dtype.itemsize
+        for a in jax.tree.leaves(tree)
+    )
+
+
+def human(n: float) -> str:
+    """1536 -> '1.5 KiB'."""
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if abs(n) < 1024 or unit == "TiB":
+            return f"{n:.0f} {unit}" if unit == "B" else f"{n:.2f} {unit}"
+        n /= 1024
+    return f"{n} B"
+
+
+def _rows(tree: Any) -> list[str]:
+    flat = jax.tree_util.tree_flatten_with_path(tree)[0]
+    names = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in flat]
+    width = max(map(len, names), default=0)
+    return [f"  {n:<{width}}  {spec_text(a)}" for n, (_, a) in zip(names, flat, strict=True)]
+
+
+def plan(run: Run) -> str:
+    """Parameters, per-device bytes and shardings, from shapes alone."""
+    from train.trainer import build, forward_flops
+
+    program = build(run.check(jax.device_count()))
+    params = program.state.params
+    count = sum(math.prod(a.shape) for a in jax.tree.leaves(params))
+    mesh = " x ".join(f"{k}={v}" for k, v in program.mesh.shape.items())
+    return "\n".join([
+        f"parameters          {count:,}",
+        f"mesh                {mesh}",
+        f"bytes per device    parameters {human(per_device_bytes(params))}, optimiser "
+        f"{human(per_device_bytes(program.state.opt))}, batch "
+        f"{human(per_device_bytes(program.batch))}",
+        f"FLOPs per step      {3 * forward_flops(program):.3e} (forward x 3)",
+        *_rows(params),
+    ])  # fmt: skip
+
+
+def compile_for(run: Run, topology: str) -> str:
+    """Compiles the train step of `run` for a TPU `topology` and tabulates what it needs."""
+    from sharding.plan import compile_report, format_report
+    from sharding.topology import parse_topology, topology_devices
+    from train.trainer import build, forward_flops
+
+    parse_topology(topology)
+    devices = topology_devices(topology)
+    if run.mesh == type(run.mesh)():
+        # A pod slice holds one sharded copy of the model unless the configuration says otherwise.
+        run = dataclasses.replace(run, mesh=type(run.mesh)(data=1, fsdp=-1))
+    program = build(run.check(len(devices)), devices)
+    flops = 3 * forward_flops(program)
+    with jax.set_mesh(program.mesh):
+        report = compile_report(
+            program.step, (program.state, program.batch), topology=topology, flops=flops
+        )
+    mesh = " x ".join(f"{k}={v}" for k, v in program.mesh.shape.items() if v > 1)
+    head = f"{topology}: {len(devices)} devices, mesh {mesh}, batch {run.batch} x {run.source.seq_len}"
+    return f"{head}\n{format_report(report)}"
+
+
+def describe_checkpoint(path: Path) -> str:
+    """Tree, shapes, step and configuration of a checkpoint."""
+    from train.checkpoint import Checkpoints
+
+    folder, step = path, None
+    if path.name.isdigit() and path.parent.name == "checkpoints":
+        folder, step = path.parent.parent, int(path.name)
+    checkpoints = Checkpoints(folder / "checkpoints", read_only=True)
+    steps = checkpoints.steps()
+    if not steps or (step is not None and step not in steps):
+        raise FileNotFoundError(f"no checkpoint at {path}; steps in {folder}: {steps}")
+    step = steps[-1] if step is None else step
+    meta, tree = checkpoints.meta(step), checkpoints.shapes(step)
+    checkpoints.close()
+    shapes = jax.tree.map(
+        lambda a: jax.ShapeDtypeStruct(tuple(a.shape), a.dtype, sharding=None), tree
+    )
+    from train.run import flatten
+
+    size = sum(math.prod(a.shape) * a.dtype.itemsize for a in jax.tree.leaves(shapes))
+    config = [f"  {k} = {v}" for k, v in flatten(meta["config"]).items() if not k.endswith("type")]
+    return "\n".join([
+        f"{folder}: step {step} of steps {steps}, {human(size)}",
+        "state", *_rows(shapes), "config", *config,
+    ])  # fmt: skip
+
+
+def summary(run: Run, folder: Path, config: str, outcome: Any, seconds: float) -> str:
+    """The last screen of a run: figures, where things are, and what to try next."""
+    from train.metrics import perplexity, plot_loss
+
+    picture = plot_loss(folder)
+    values = outcome.values
+    lines = [f"\n{config}: {outcome.step} steps in {seconds:.0f} s"]
+    if "valid/loss" in values:
+        loss = values["valid/loss"]
+        lines.append(f"  held-out loss   {loss:.4f} nats per token (perplexity {perplexity(loss):.2f})")
+    if "valid/bigram" in values:
+        bar = values["valid/bigram"]
+        verdict = "beaten" if values.get("valid/loss", math.inf) < bar else "not beaten"
+        lines.append(f"  bigram model    {bar:.4f} nats per token: {verdict}")
+    if "sample" in values:
+        text = "\n    ".join(values["sample"].strip().splitlines()[:8])
+        lines += ["  sample", f"    {text}"]
+    lines += [
+        f"  run directory   {folder}  (config.json, metrics.jsonl, checkpoints/)",
+        f"  loss curve      {picture}",
+        f"  TensorBoard     tensorboard --logdir {folder}/tensorboard",
+        "next",
+        f'  jaxlab sample {folder} --prompt "The for statement"',
+        f"  jaxlab eval {folder} evaluators.0.batches=0",
+        f"  jaxlab train {config} --run-dir {folder}-longer steps={run.steps * 3}",
+        "  jaxlab list",
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,131 @@
+"""The train state and the pure train step."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from sharding.rules import check_divisible, shardings
+from train.objectives import Batch, Objective
+
+
+class TrainState(NamedTuple):
+    """All that a run carries from step to step; every leaf is a sharded array."""
+
+    step: jax.Array  # int32, steps done
+    params: Any
+    opt: Any
+    ema: Any  # averaged parameters, or {} when optimizer.ema is 0
+    skipped: jax.Array  # int32, steps skipped because loss or gradient was not finite
+    bad_run: jax.Array  # int32, how many of them in a row, up to now
+
+
+def init_params(module: nn.Module, key: jax.Array, batch: dict[str, jax.ShapeDtypeStruct]):
+    """Parameters as a plain nested dict of arrays."""
+    tokens = jnp.zeros((1, *batch["tokens"].shape[1:]), batch["tokens"].dtype)
+    return nn.unbox(module.init(key, tokens))["params"]
+
+
+def logical_axes(module: nn.Module, batch):
+    """Tree of logical axis names, one tuple a parameter, without computing anything."""
+    tokens = jax.ShapeDtypeStruct((1, *batch["tokens"].shape[1:]), batch["tokens"].dtype)
+    boxed = jax.eval_shape(module.init, jax.random.key(0), tokens)["params"]
+    specs = nn.get_partition_spec(boxed)
+    pad = lambda box, spec: tuple(spec) + (None,) * (len(box.shape) - len(spec))  # noqa: E731
+    return jax.tree.map(
+        pad, nn.unbox(boxed), specs, is_leaf=lambda x: isinstance(x, jax.ShapeDtypeStruct)
+    )
+
+
+def make_state(module: nn.Module, tx, ema: float, batch, seed: int) -> TrainState:
+    """The state before the first step (jit it with `out_shardings`, so that it is born sharded)."""
+    params = init_params(module, jax.random.key(seed), batch)
+    # Two counters must be two buffers: donation takes each only once.
+    zero = lambda: jnp.zeros((), jnp.int32)  # noqa: E731
+    average = jax.tree.map(jnp.copy, params) if ema else {}
+    return TrainState(zero(), params, tx.init(params), average, zero(), zero())
+
+
+def abstract_state(module: nn.Module, tx, ema: float, batch, seed: int, mesh: Mesh) -> TrainState:
+    """Shapes, types and shardings of the state. Call it before entering a compile-only mesh."""
+    axes = logical_axes(module, batch)
+    shapes = jax.eval_shape(lambda: make_state(module, tx, ema, batch, seed))
+    check_divisible(shapes.params, axes, dict(mesh.shape))
+    by_param = shardings(axes, mesh)
+    rest = NamedSharding(mesh, P())
+    opt = optax.tree.map_params(
+        tx,
+        lambda leaf, sharding: sharding if leaf.shape else rest,
+        shapes.opt,
+        by_param,
+        transform_non_params=lambda _: rest,
+    )
+    placed = TrainState(rest, by_param, opt, by_param if ema else {}, rest, rest)
+    give = lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s)  # noqa: E731
+    return jax.tree.map(give, shapes, placed)
+
+
+def make_train_step(
+    apply: Callable, objective: Objective, tx, *, accumulate: int, ema: float, seed: int
+) -> Callable[[TrainState, Batch], tuple[TrainState, dict]]:
+    """`train_step(state, batch) -> (state, metrics)`, pure and mesh-agnostic.
+
+    The gradient is that of sum(loss) / sum(weight) over the whole global batch, however it is cut
+    into microbatches and devices. A step whose loss or gradient is not finite changes nothing but
+    the counters.
+    """
+
+    def gradient(params, batch, key):
+        def loss(params):
+            return objective(apply, params, batch, key)
+
+        (_, metrics), grads = jax.value_and_grad(loss, has_aux=True)(params)
+        return jax.tree.map(lambda g: g.astype(jnp.float32), grads), metrics
+
+    def accumulated(params, batch, key):
+        if accumulate == 1:
+            return gradient(params, batch, key)
+        # Rows i, i+A, i+2A... form microbatch i: every device keeps the rows it holds.
+        cut = lambda x: x.reshape(-1, accumulate, *x.shape[1:]).swapaxes(0, 1)  # noqa: E731
+        micro = jax.tree.map(cut, batch)
+        keys = jax.random.split(key, accumulate)
+        shapes = jax.eval_shape(gradient, params, jax.tree.map(lambda x: x[0], micro), keys[0])
+        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+
+        def body(total, xs):
+            return jax.tree.map(jnp.add, total, gradient(params, *xs)), None
+
+        return jax.lax.scan(body, zeros, (micro, keys))[0]
+
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict]:
+        key = jax.random.fold_in(jax.random.key(seed), state.step)
+        grads, metrics = accumulated(state.params, batch, key)
+        loss, weight = metrics["loss"]
+        grads = jax.tree.map(lambda g: g / jnp.maximum(weight, 1), grads)
+        norm = optax.tree.norm(grads)
+        good = jnp.isfinite(loss) & jnp.isfinite(norm)
+
+        updates, opt = tx.update(grads, state.opt, state.params)
+        params = optax.apply_updates(state.params, updates)
+        average = jax.tree.map(lambda a, p: ema * a + (1 - ema) * p, state.ema, params if ema else {})
+        keep = lambda new, old: jax.tree.map(lambda n, o: jnp.where(good, n, o), new, old)  # noqa: E731
+        bad = jnp.where(good, 0, 1).astype(jnp.int32)
+        state = TrainState(
+            step=state.step + 1,
+            params=keep(params, state.params),
+            opt=keep(opt, state.opt),
+            ema=keep(average, state.ema),
+            skipped=state.skipped + bad,
+            bad_run=jnp.where(good, 0, state.bad_run + 1).astype(jnp.int32),
+        )
+        one = jnp.ones((), jnp.float32)
+        metrics = {name: pair for name, pair in metrics.items()}
+        metrics |= {"grad_norm": (norm, one), "skipped": (bad.astype(jnp.float32), one)}
+        return state, metrics
+
+    return train_step
