@@ -16,7 +16,6 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 from jaxtyping import Array, UInt32
 
-log = logging.getLogger(__name__)
 for noisy in ("absl", "orbax"):
     logging.getLogger(noisy).setLevel(logging.ERROR)
 
@@ -51,6 +50,10 @@ def _paths(tree: Any) -> list[str]:
     return [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves]
 
 
+class StructureError(ValueError):
+    """The checkpoint is sound but belongs to another model or optimiser."""
+
+
 @dataclasses.dataclass
 class Restored:
     """What came back: the state, the step's metadata, and the newer steps found unreadable."""
@@ -83,7 +86,10 @@ class Checkpoints:
     def manager(self) -> ocp.CheckpointManager:
         """The Orbax manager, made at first use (it creates the folder)."""
         if self._manager is None:
-            self._manager = ocp.CheckpointManager(self.folder, options=self._options)
+            handlers = {"state": ocp.StandardCheckpointHandler(), "meta": ocp.JsonCheckpointHandler()}
+            self._manager = ocp.CheckpointManager(
+                self.folder, options=self._options, item_handlers=handlers
+            )
         return self._manager
 
     def steps(self) -> list[int]:
@@ -124,29 +130,33 @@ class Checkpoints:
         """The newest step that reads and verifies (or exactly `step`), placed as `abstract` asks.
 
         `abstract` gives shape, type and sharding of every leaf; another mesh or floating type than
-        at saving is fine. FileNotFoundError when nothing is left to restore.
+        at saving is fine. Newer steps that are damaged are set aside once an older one is found to be
+        good. ValueError when the checkpoint is of another model, FileNotFoundError when no step is
+        usable; both change nothing.
         """
         rejected: dict[int, str] = {}
         for candidate in [step] if step is not None else reversed(self.steps()):
             error, got = None, None
             try:
                 got = self._read(abstract, candidate)
+            except StructureError:
+                raise
             except Exception as caught:  # Orbax, TensorStore and JSON each raise their own
-                error = f"{type(caught).__name__}: {str(caught).splitlines()[0][:200]}"
+                error = f"{type(caught).__name__}: {(str(caught).splitlines() or [''])[0][:200]}"
             if _all_agree(error is None) and got is not None:
+                if rejected and not self.read_only:
+                    self._set_aside(list(rejected))
                 return Restored(got[0], candidate, got[1], rejected)
             rejected[candidate] = error or "unreadable on another process"
-            log.warning("checkpoint step %d cannot be used: %s", candidate, rejected[candidate])
-            if not self.read_only:
-                self._set_aside(candidate)
-        names = ", ".join(f"step {s}: {why}" for s, why in rejected.items())
+        names = "; ".join(f"step {s}: {why}" for s, why in rejected.items())
         raise FileNotFoundError(f"no usable checkpoint in {self.folder} ({names or 'it has none'})")
 
     def _read(self, abstract: Any, step: int) -> tuple[Any, dict[str, Any]]:
-        meta = self.meta(step)
-        saved = self.shapes(step)
-        saved = dict(zip(_paths(saved), jax.tree.leaves(saved), strict=True))
+        meta, tree = self.meta(step), self.shapes(step)
+        saved = dict(zip(_paths(tree), jax.tree.leaves(tree), strict=True))
         names, leaves = _paths(abstract), jax.tree.leaves(abstract)
+        if sorted(saved) != sorted(meta["fingerprint"]):
+            raise ValueError("its list of arrays is damaged")
         problems = [f"{n} is missing" for n in names if n not in saved]
         problems += [f"{n} is not expected" for n in saved if n not in names]
         problems += [
@@ -155,7 +165,10 @@ class Checkpoints:
             if n in saved and tuple(saved[n].shape) != a.shape
         ]
         if problems:
-            raise ValueError("; ".join(problems[:6]))
+            more = f" and {len(problems) - 6} more" if len(problems) > 6 else ""
+            raise StructureError(
+                f"checkpoint step {step} is of another model: {'; '.join(problems[:6])}{more}"
+            )
         # Read in the saved type: the fingerprint is of its bits; cast after the check.
         as_saved = [
             jax.ShapeDtypeStruct(a.shape, saved[n].dtype, sharding=a.sharding)
@@ -170,13 +183,14 @@ class Checkpoints:
             raise ValueError(f"the bytes of {', '.join(bad[:3])} are not the ones that were saved")
         return jax.tree.map(lambda x, a: x.astype(a.dtype), state, abstract), meta
 
-    def _set_aside(self, step: int) -> None:
+    def _set_aside(self, steps: list[int]) -> None:
         self.close()
         if jax.process_index() == 0:
-            name = f"corrupt-{step}-{time.strftime('%Y%m%dT%H%M%S')}"
-            (self.folder / str(step)).rename(self.folder / name)
+            for step in steps:
+                name = f"corrupt-{step}-{time.strftime('%Y%m%dT%H%M%S')}"
+                (self.folder / str(step)).rename(self.folder / name)
         if jax.process_count() > 1:
-            multihost_utils.sync_global_devices(f"set aside {step}")
+            multihost_utils.sync_global_devices("set aside")
 
     def close(self) -> None:
         """Waits for saves under way and releases the manager."""

@@ -61,7 +61,7 @@ class Recorder:
         ]
         if eta is not None and self._bar is None:
             cells.append(f"eta {eta:.0f}s")
-        self.console.print("  ".join(cells))
+        self.console.print("  ".join(cells), soft_wrap=True)
 
     def advance(self, step: int, text: str) -> None:
         """Moves the progress bar."""

@@ -124,8 +124,11 @@ def make_train_step(
             bad_run=jnp.where(good, 0, state.bad_run + 1).astype(jnp.int32),
         )
         one = jnp.ones((), jnp.float32)
-        metrics = {name: pair for name, pair in metrics.items()}
-        metrics |= {"grad_norm": (norm, one), "skipped": (bad.astype(jnp.float32), one)}
+        metrics = metrics | {
+            "grad_norm": (norm, one),
+            "skipped": (bad.astype(jnp.float32), one),
+            "bad_run": (state.bad_run.astype(jnp.float32), one),
+        }
         return state, metrics
 
     return train_step

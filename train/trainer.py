@@ -156,7 +156,7 @@ def fit(
             with jax.profiler.StepTraceAnnotation("train", step_num=step):
                 state, metrics = program.step(state, batch)
             step += 1
-            pending.append((step, metrics, state.bad_run))
+            pending.append((step, metrics))
             if profile and step == profile[1]:
                 jax.block_until_ready(metrics)
                 jax.profiler.stop_trace()
@@ -165,8 +165,8 @@ def fit(
             # Look one step back, so that the device always has a step to work on.
             behind = 0 if step == run.steps else 1
             while len(pending) > behind:
-                at, done, bad_run = pending.popleft()
-                bad = meter.add(jax.device_get(done), int(bad_run))
+                at, done = pending.popleft()
+                bad = meter.add(jax.device_get(done))
                 out.advance(at, meter.text())
                 if bad >= run.max_bad_steps:
                     code = DIVERGED
@@ -258,8 +258,9 @@ class Meter:
         self.sums: dict[str, np.ndarray] = {}
         self.count, self.begin = 0, time.perf_counter()
 
-    def add(self, metrics: dict[str, Any], bad_run: int) -> int:
+    def add(self, metrics: dict[str, Any]) -> int:
         """Adds a step's (sum, weight) pairs; returns how many bad steps there were in a row."""
+        bad_run = int(metrics.pop("bad_run")[0])
         if not bad_run:
             for name, pair in metrics.items():
                 self.sums[name] = self.sums.get(name, 0.0) + np.asarray(pair, np.float64)
