@@ -58,16 +58,33 @@ def abstract_state(module: nn.Module, tx, ema: float, batch, seed: int, mesh: Me
     check_divisible(shapes.params, axes, dict(mesh.shape))
     by_param = shardings(axes, mesh)
     rest = NamedSharding(mesh, P())
-    opt = optax.tree.map_params(
-        tx,
-        lambda leaf, sharding: sharding if leaf.shape else rest,
-        shapes.opt,
-        by_param,
-        transform_non_params=lambda _: rest,
-    )
+    opt = _like_params(shapes.opt, shapes.params, by_param, rest)
     placed = TrainState(rest, by_param, opt, by_param if ema else {}, rest, rest)
     give = lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s)  # noqa: E731
     return jax.tree.map(give, shapes, placed)
+
+
+def _like_params(opt, params, by_param, rest):
+    """Shardings of an optimiser state: what mirrors a parameter, by path and shape, lies as it does.
+
+    (`optax.tree.map_params` runs `init` on placeholders, which muon's matrix layout refuses.)
+    """
+    name = lambda path: jax.tree_util.keystr(path, simple=True, separator="/")  # noqa: E731
+    flat = jax.tree_util.tree_flatten_with_path(params)[0]
+    known = {
+        "/" + name(path): (leaf.shape, sharding)
+        for (path, leaf), sharding in zip(flat, jax.tree.leaves(by_param), strict=True)
+    }
+
+    def place(path, leaf):
+        parts = name(path).split("/")
+        for i in range(len(parts)):
+            shape, sharding = known.get("/" + "/".join(parts[i:]), (None, None))
+            if shape == leaf.shape:
+                return sharding
+        return rest
+
+    return jax.tree_util.tree_map_with_path(place, opt)
 
 
 def make_train_step(

@@ -163,7 +163,8 @@ def fit(
                 out.say(f"profile of steps {profile[0]} to {profile[1]}: {folder / 'profile'}")
 
             # Look one step back, so that the device always has a step to work on.
-            behind = 0 if step == run.steps else 1
+            evaluate_now = run.eval_every and step % run.eval_every == 0 and step < run.steps
+            behind = 0 if step == run.steps or evaluate_now else 1
             while len(pending) > behind:
                 at, done = pending.popleft()
                 bad = meter.add(jax.device_get(done))
@@ -182,7 +183,7 @@ def fit(
                     "bold red",
                 )
                 break
-            if run.eval_every and step % run.eval_every == 0 and step < run.steps:
+            if evaluate_now:
                 values = evaluate(step)
             if run.save_every and step % run.save_every == 0:
                 save(step)
