@@ -51,6 +51,12 @@ class NextToken:
     def check(self, model, source) -> None:
         if not hasattr(model, "vocab"):
             raise ValueError(f"objective next-token needs a language model, got {model}")
+        needed = source.vocab_size()
+        if needed is not None and model.vocab < needed:
+            raise ValueError(
+                f"model.vocab={model.vocab} does not match source.tokenizer={source.tokenizer!r}, "
+                f"which has {needed} ids: use model.vocab={needed} or more"
+            )
         if self.tiles < 1 or source.seq_len % self.tiles:
             legal = [n for n in range(1, source.seq_len + 1) if source.seq_len % n == 0]
             raise ValueError(

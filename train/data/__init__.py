@@ -1,0 +1,1 @@
+"""Sources of batches: text from files, tokenised, mixed, packed."""

@@ -1,0 +1,98 @@
+"""Tokenizers by name: bytes, or a Hugging Face tokenizer.json."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+# Tried in this order where no tokenizer_config.json says which tokens begin and end a document.
+BEGIN = ("<|begin_of_text|>", "<s>", "<bos>", "[CLS]")
+END = ("<|end_of_text|>", "<|endoftext|>", "</s>", "<eos>", "<|im_end|>", "[SEP]")
+
+
+class Tokenizer(Protocol):
+    """Text to ids and back; `bos` and `eos` may be absent."""
+
+    vocab_size: int
+    bos: int | None
+    eos: int | None
+
+    def encode(self, text: str) -> np.ndarray:
+        """Ids of the text, no special tokens added."""
+        ...
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of the ids."""
+        ...
+
+
+class Bytes:
+    """UTF-8 bytes; NUL begins and ends a document."""
+
+    vocab_size, bos, eos = 256, 0, 0
+
+    def encode(self, text: str) -> np.ndarray:
+        """One id a byte; ValueError for text that holds a NUL."""
+        if "\0" in text:
+            raise ValueError("holds a NUL character, which the bytes tokenizer uses as separator")
+        return np.frombuffer(text.encode(), np.uint8)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text; bytes that are no UTF-8 become a replacement character."""
+        return bytes(i for i in ids if i).decode(errors="replace")
+
+
+class HuggingFace:
+    """A tokenizer.json file, with the names of its special tokens from tokenizer_config.json."""
+
+    def __init__(self, file: Path):
+        try:
+            import tokenizers
+        except ImportError as error:
+            raise ImportError("reading a tokenizer.json needs: pip install 'jaxlab[hf]'") from error
+        try:
+            self._inner = tokenizers.Tokenizer.from_file(str(file))
+        except Exception as error:  # the library raises bare Exception
+            raise ValueError(f"{file} is not a tokenizer.json: {error}") from error
+        self.vocab_size = max(self._inner.get_vocab(with_added_tokens=True).values()) + 1
+        beside = file.parent / "tokenizer_config.json"
+        named = json.loads(beside.read_text()) if beside.is_file() else {}
+        self.bos = self._special(named.get("bos_token"), BEGIN)
+        self.eos = self._special(named.get("eos_token"), END)
+
+    def _special(self, named, candidates) -> int | None:
+        named = named.get("content") if isinstance(named, dict) else named
+        for token in (named,) if named else candidates:
+            if (found := self._inner.token_to_id(token)) is not None:
+                return found
+        return None
+
+    def encode(self, text: str) -> np.ndarray:
+        """Ids of the text, no special tokens added."""
+        return np.asarray(self._inner.encode(text, add_special_tokens=False).ids, np.int32)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text, special tokens left out."""
+        return self._inner.decode([int(i) for i in ids])
+
+
+def tokenizer_file(name: str) -> Path | None:
+    """The file behind a tokenizer's name; None for 'bytes'."""
+    if name == "bytes":
+        return None
+    path = Path(name)
+    return path / "tokenizer.json" if path.is_dir() else path
+
+
+def load_tokenizer(name: str) -> Tokenizer:
+    """'bytes', a tokenizer.json or a folder that holds one; FileNotFoundError if there is none."""
+    file = tokenizer_file(name)
+    if file is None:
+        return Bytes()
+    if not file.is_file():
+        raise FileNotFoundError(
+            f"source.tokenizer={name!r}: no file {file}; give 'bytes', a tokenizer.json or its folder"
+        )
+    return HuggingFace(file)
