@@ -114,7 +114,9 @@ class Decoder(nn.Module):
     def setup(self):
         c = self.config
         shape = (c.vocab, c.d_model)
-        self.embedding = weight(self, "embedding", shape, ("vocab_in", None), c.d_model**-0.5, c.param_dtype)
+        self.embedding = weight(
+            self, "embedding", shape, ("vocab_in", None), c.d_model**-0.5, c.param_dtype
+        )
         block = Block
         if c.remat != "none":
             block = nn.remat(Block, policy=REMAT[c.remat], prevent_cse=False)
@@ -122,7 +124,7 @@ class Decoder(nn.Module):
             block,
             variable_axes={"params": 0},
             split_rngs={"params": True},
-            in_axes=(nn.broadcast,) * 3,
+            in_axes=(nn.broadcast,) * 3,  # pyright: ignore[reportArgumentType]
             length=c.layers // len(c.pattern),
             metadata_params={nn.PARTITION_NAME: "layers"},
         )(c)
@@ -154,6 +156,4 @@ class Decoder(nn.Module):
     def __call__(self, tokens, positions=None, segment_ids=None) -> Float[Array, "b t v"]:
         """Logits in float32."""
         x = self.hidden(tokens, positions, segment_ids)
-        return jnp.einsum(
-            "btd,dv->btv", x, self.unembedding(), preferred_element_type=jnp.float32
-        )
+        return jnp.einsum("btd,dv->btv", x, self.unembedding(), preferred_element_type=jnp.float32)

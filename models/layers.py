@@ -1,6 +1,7 @@
 """Layers of the decoder: parameters with logical axis names around jaxlab functions."""
 
 from collections.abc import Callable
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -14,23 +15,23 @@ ATTENTION: dict[str, Callable] = {"dense": dense_attention, "blockwise": blockwi
 
 
 def weight(
-    module: nn.Module, name: str, shape: tuple[int, ...], axes: tuple[str, ...], std: float, dtype
-):
+    module: nn.Module, name: str, shape: tuple[int, ...], axes: tuple[str | None, ...], std, dtype
+) -> jax.Array:
     """Declares a truncated-normal parameter of standard deviation `std` with logical `axes`."""
     init = nn.with_logical_partitioning(nn.initializers.truncated_normal(std), axes)
-    return module.param(name, init, shape, dtype)
+    return jnp.asarray(module.param(name, init, shape, dtype))
 
 
 class RMSNorm(nn.Module):
     """x / rms(x) * scale over the last axis, computed in float32 (Zhang and Sennrich, 2019)."""
 
     eps: float = 1e-6
-    param_dtype: jnp.dtype = jnp.float32
+    param_dtype: str = "float32"
 
     @nn.compact
     def __call__(self, x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
         init = nn.with_logical_partitioning(nn.initializers.ones_init(), ("norm",))
-        scale = self.param("scale", init, (x.shape[-1],), self.param_dtype)
+        scale = jnp.asarray(self.param("scale", init, (x.shape[-1],), self.param_dtype))
         wide = x.astype(jnp.float32)
         wide = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), -1, keepdims=True) + self.eps)
         return (wide * scale.astype(jnp.float32)).astype(x.dtype)
@@ -39,7 +40,7 @@ class RMSNorm(nn.Module):
 class Attention(nn.Module):
     """Grouped-query attention with rotary positions and optional QK-norm."""
 
-    config: "DecoderConfig"  # noqa: F821  (models/decoder.py; typed by name to avoid a cycle)
+    config: Any  # DecoderConfig, whose module imports this one
 
     @nn.compact
     def __call__(
@@ -72,7 +73,7 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     """SwiGLU: (silu(x Wg) * x Wu) Wd (Shazeer, 2020)."""
 
-    config: "DecoderConfig"  # noqa: F821
+    config: Any
 
     @nn.compact
     def __call__(self, x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:

@@ -86,7 +86,10 @@ class Checkpoints:
     def manager(self) -> ocp.CheckpointManager:
         """The Orbax manager, made at first use (it creates the folder)."""
         if self._manager is None:
-            handlers = {"state": ocp.StandardCheckpointHandler(), "meta": ocp.JsonCheckpointHandler()}
+            handlers = {
+                "state": ocp.StandardCheckpointHandler(),
+                "meta": ocp.JsonCheckpointHandler(),
+            }
             self._manager = ocp.CheckpointManager(
                 self.folder, options=self._options, item_handlers=handlers
             )
@@ -118,9 +121,9 @@ class Checkpoints:
 
     def meta(self, step: int) -> dict[str, Any]:
         """Metadata of a step: fingerprints, configuration, state of the source."""
-        return self.manager.restore(
-            step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())
-        ).meta
+        return self.manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))[
+            "meta"
+        ]
 
     def shapes(self, step: int) -> Any:
         """Shapes and types of a saved state, without reading the arrays."""
@@ -176,7 +179,7 @@ class Checkpoints:
         ]
         as_saved = jax.tree.unflatten(jax.tree.structure(abstract), as_saved)
         args = ocp.args.Composite(state=ocp.args.StandardRestore(as_saved))
-        state = self.manager.restore(step, args=args).state
+        state = self.manager.restore(step, args=args)["state"]
         sums = np.asarray(fingerprint(state))
         bad = [n for n, s in zip(names, sums, strict=True) if meta["fingerprint"][n] != int(s)]
         if bad:

@@ -54,7 +54,9 @@ def parser() -> argparse.ArgumentParser:
         "--allow", nargs="+", default=[], metavar="FIELD", help="fields that may differ on resuming"
     )
     train.add_argument("--profile", metavar="A:B", help="write an XProf trace of steps A to B")
-    train.add_argument("--plan", action="store_true", help="parameters, bytes, shardings; no training")
+    train.add_argument(
+        "--plan", action="store_true", help="parameters, bytes, shardings; no training"
+    )
     train.add_argument("--print", action="store_true", help="print the resolved configuration")
     train.add_argument("--fields", action="store_true", help="list every field that can be set")
     train.add_argument("--quiet", action="store_true", help="no progress on the terminal")
@@ -98,7 +100,9 @@ def _cluster(sub: argparse.ArgumentParser) -> None:
         "--distributed", action="store_true", help="find the others by TPU metadata, SLURM or MPI"
     )
     group.add_argument("--coordinator", metavar="HOST:PORT", help="or name process 0 by hand,")
-    group.add_argument("--processes", type=_positive, metavar="N", help="with the number of processes")
+    group.add_argument(
+        "--processes", type=_positive, metavar="N", help="with the number of processes"
+    )
     group.add_argument("--process-id", type=int, metavar="I", help="and which of them this is")
 
 
@@ -136,7 +140,13 @@ def main(presets: Mapping[str, Preset], argv: list[str] | None = None) -> int:
         text = str(error) or type(error).__name__
         if isinstance(error, OSError) and error.filename:
             text = f"{error.filename}: {error.strerror}"
-        return _fail(text, USAGE if not getattr(error, "running", False) else FAILED)
+        return _fail(text, USAGE)
+    except RuntimeError as error:
+        if (
+            type(error).__name__ != "RunFailed" or args.debug
+        ):  # a name: no import before it is needed
+            raise
+        return _fail(str(error), FAILED)
 
 
 def _fail(text: str, code: int) -> int:

@@ -23,9 +23,7 @@ def batch_shardings(spec: dict[str, jax.ShapeDtypeStruct], mesh: Mesh) -> dict[s
 def abstract_batch(spec: dict[str, jax.ShapeDtypeStruct], mesh: Mesh):
     """The batch as shapes with shardings, for compiling ahead of time."""
     placed = batch_shardings(spec, mesh)
-    return {
-        n: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=placed[n]) for n, s in spec.items()
-    }
+    return {n: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=placed[n]) for n, s in spec.items()}
 
 
 def row_shard(mesh: Mesh, batch: int) -> tuple[int, int]:
@@ -34,7 +32,7 @@ def row_shard(mesh: Mesh, batch: int) -> tuple[int, int]:
     Processes that share rows (the sequence is split between them) get the same index.
     """
     sharding = NamedSharding(mesh, spec_of(("batch",), mesh=mesh))
-    slices = [i[0] for i in sharding.addressable_devices_indices_map((batch,)).values()]
+    slices = [i[0] for i in sharding.addressable_devices_indices_map((batch,)).values() if i]
     starts = [s.indices(batch)[0] for s in slices]
     stops = [s.indices(batch)[1] for s in slices]
     size = max(stops) - min(starts)
@@ -46,7 +44,7 @@ def global_batch(fetch: Callable[[slice], dict[str, np.ndarray]], spec, mesh: Me
     cache: dict[tuple[int, int], dict[str, np.ndarray]] = {}
     placed = batch_shardings(spec, mesh)
 
-    def part(name: str, index: tuple[slice, ...]) -> np.ndarray:
+    def part(name: str, index: Any) -> np.ndarray:
         start, stop, _ = index[0].indices(spec[name].shape[0])
         if (start, stop) not in cache:
             cache[start, stop] = fetch(slice(start, stop))
@@ -78,10 +76,11 @@ class Feed:
             return global_batch(fetch, self.spec, self.mesh), None
         local = next(self.source)
         first = row_shard(self.mesh, self.source.batch)[0] * len(next(iter(local.values())))
-        fetch = lambda rows: {  # noqa: E731
-            k: v[rows.start - first : rows.stop - first] for k, v in local.items()
-        }
-        return global_batch(fetch, self.spec, self.mesh), self.source.get_state()
+
+        def held(rows: slice) -> dict[str, np.ndarray]:
+            return {k: v[rows.start - first : rows.stop - first] for k, v in local.items()}
+
+        return global_batch(held, self.spec, self.mesh), self.source.get_state()
 
     def take(self, params: Any):
         """The batch of the next step and the state that continues after it."""

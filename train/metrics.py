@@ -94,7 +94,7 @@ def read(folder: Path) -> list[dict[str, Any]]:
             row = json.loads(text)
         except json.JSONDecodeError:  # a line cut short by a kill
             continue
-        if row["kind"] == "resume":
+        if row["kind"] in ("start", "resume"):
             rows = [r for r in rows if r["step"] <= row["step"]]
         rows.append(row)
     return rows

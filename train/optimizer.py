@@ -66,9 +66,7 @@ def make_optimizer(config: Optimizer, steps: int, axes) -> optax.GradientTransfo
     is_axes = lambda x: isinstance(x, tuple)  # noqa: E731
     decays = jax.tree.map(lambda a: "norm" not in a, axes, is_leaf=is_axes)
     if config.name == "adamw":
-        rule = optax.adamw(
-            lr, config.b1, config.b2, weight_decay=config.weight_decay, mask=decays
-        )
+        rule = optax.adamw(lr, config.b1, config.b2, weight_decay=config.weight_decay, mask=decays)
     elif config.name == "muon":
         dimensions = jax.tree.map(_muon_dimensions, axes, is_leaf=is_axes)
         rule = optax.contrib.muon(

@@ -13,7 +13,9 @@ def override(config: Any, assignments: list[str]) -> Any:
     for text in assignments:
         path, sep, value = text.partition("=")
         if not sep or not path:
-            raise ValueError(f"override {text!r} must look like field=value, e.g. optimizer.lr=1e-3")
+            raise ValueError(
+                f"override {text!r} must look like field=value, e.g. optimizer.lr=1e-3"
+            )
         config = _set(config, path.split("."), value, path)
     return config
 
@@ -26,7 +28,7 @@ def _set(node: Any, keys: list[str], text: str, path: str) -> Any:
         items = list(node)
         items[int(key)] = _set(items[int(key)], rest, text, path)
         return tuple(items)
-    if not dataclasses.is_dataclass(node):
+    if not dataclasses.is_dataclass(node) or isinstance(node, type):
         raise ValueError(f"{path}: {type(node).__name__} has no field {key!r}")
     fields = [f.name for f in dataclasses.fields(node)]
     if key not in fields:

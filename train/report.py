@@ -23,8 +23,7 @@ def spec_text(array: jax.ShapeDtypeStruct) -> str:
 def per_device_bytes(tree: Any) -> int:
     """Bytes one device holds of a tree of sharded shapes."""
     return sum(
-        math.prod(a.sharding.shard_shape(a.shape)) * a.dtype.itemsize
-        for a in jax.tree.leaves(tree)
+        math.prod(a.sharding.shard_shape(a.shape)) * a.dtype.itemsize for a in jax.tree.leaves(tree)
     )
 
 
@@ -46,7 +45,8 @@ def _rows(tree: Any) -> list[str]:
 
 def plan(run: Run) -> str:
     """Parameters, per-device bytes and shardings, from shapes alone."""
-    from train.trainer import build, forward_flops
+    from train.meter import forward_flops
+    from train.trainer import build
 
     program = build(run.check(jax.device_count()))
     params = program.state.params
@@ -66,8 +66,10 @@ def plan(run: Run) -> str:
 def compile_for(run: Run, topology: str) -> str:
     """Compiles the train step of `run` for a TPU `topology` and tabulates what it needs."""
     from sharding.plan import compile_report, format_report
+
     from sharding.topology import parse_topology, topology_devices
-    from train.trainer import build, forward_flops
+    from train.meter import forward_flops
+    from train.trainer import build
 
     parse_topology(topology)
     devices = topology_devices(topology)
@@ -81,7 +83,9 @@ def compile_for(run: Run, topology: str) -> str:
             program.step, (program.state, program.batch), topology=topology, flops=flops
         )
     mesh = " x ".join(f"{k}={v}" for k, v in program.mesh.shape.items() if v > 1)
-    head = f"{topology}: {len(devices)} devices, mesh {mesh}, batch {run.batch} x {run.source.seq_len}"
+    head = (
+        f"{topology}: {len(devices)} devices, mesh {mesh}, batch {run.batch} x {run.source.seq_len}"
+    )
     return f"{head}\n{format_report(report)}"
 
 
@@ -121,7 +125,9 @@ def summary(run: Run, folder: Path, config: str, outcome: Any, seconds: float) -
     lines = [f"\n{config}: {outcome.step} steps in {seconds:.0f} s"]
     if "valid/loss" in values:
         loss = values["valid/loss"]
-        lines.append(f"  held-out loss   {loss:.4f} nats per token (perplexity {perplexity(loss):.2f})")
+        lines.append(
+            f"  held-out loss   {loss:.4f} nats per token (perplexity {perplexity(loss):.2f})"
+        )
     if "valid/bigram" in values:
         bar = values["valid/bigram"]
         verdict = "beaten" if values.get("valid/loss", math.inf) < bar else "not beaten"

@@ -17,12 +17,12 @@ from train.objectives import Batch, Objective
 class TrainState(NamedTuple):
     """All that a run carries from step to step; every leaf is a sharded array."""
 
-    step: jax.Array  # int32, steps done
+    step: Any  # int32, steps done
     params: Any
     opt: Any
     ema: Any  # averaged parameters, or {} when optimizer.ema is 0
-    skipped: jax.Array  # int32, steps skipped because loss or gradient was not finite
-    bad_run: jax.Array  # int32, how many of them in a row, up to now
+    skipped: Any  # int32, steps skipped because loss or gradient was not finite
+    bad_run: Any  # int32, how many of them in a row, up to now
 
 
 def init_params(module: nn.Module, key: jax.Array, batch: dict[str, jax.ShapeDtypeStruct]):
@@ -129,7 +129,9 @@ def make_train_step(
 
         updates, opt = tx.update(grads, state.opt, state.params)
         params = optax.apply_updates(state.params, updates)
-        average = jax.tree.map(lambda a, p: ema * a + (1 - ema) * p, state.ema, params if ema else {})
+        average = jax.tree.map(
+            lambda a, p: ema * a + (1 - ema) * p, state.ema, params if ema else {}
+        )
         keep = lambda new, old: jax.tree.map(lambda n, o: jnp.where(good, n, o), new, old)  # noqa: E731
         bad = jnp.where(good, 0, 1).astype(jnp.int32)
         state = TrainState(

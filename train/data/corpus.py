@@ -4,8 +4,8 @@ import dataclasses
 import functools
 import hashlib
 import json
-import os
 import shutil
+import sys
 import tempfile
 from pathlib import Path
 
@@ -84,7 +84,7 @@ def _key(files: tuple[str, ...], tokenizer: str, column: str) -> str:
     listed = []
     for pattern in files:
         if pattern.startswith("builtin:"):
-            listed.append([pattern, os.sys.version])
+            listed.append([pattern, sys.version])
             continue
         for file in find_files(pattern):
             stat = file.stat()

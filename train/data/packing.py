@@ -1,7 +1,7 @@
 """Fixed-length rows from a corpus: consecutive and random-access, or first-fit as a stream."""
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 import grain
 import jax
@@ -65,7 +65,7 @@ class Rows:
         self.num_batches = -(-sum(map(len, windows)) // batch)
         self.tokens_total = sum(int(w.bounds[-1]) for w in windows)
         self.documents = sum(len(w.begin) for w in windows)
-        sets = [grain.MapDataset.source(w) for w in windows]
+        sets = [grain.MapDataset.source(cast(Any, w)) for w in windows]
         if shuffle:
             sets = [s.seed(seed + i).shuffle().repeat() for i, s in enumerate(sets)]
             rows = grain.MapDataset.mix(sets, weights) if len(sets) > 1 else sets[0]
@@ -86,7 +86,7 @@ class Rows:
         if not self.shuffle and i >= len(self._rows):
             empty = np.zeros(self.windows[0].seq_len, np.int32)
             return {name: empty - (name == "targets") for name in NAMES}
-        return self._rows[i]
+        return cast(Batch, self._rows[i])
 
     def pairs(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """(tokens, targets) of every row once, in order."""
@@ -131,7 +131,10 @@ class Stream:
             raise ValueError(f"batch={batch} must be divisible by the {process_count} processes")
         self.batch, self.spec, self.process_count = batch, batch_spec(batch, seq_len), process_count
         sets = [
-            grain.MapDataset.source(_Pieces(c, seq_len)).seed(seed + i).shuffle().repeat()
+            grain.MapDataset.source(cast(Any, _Pieces(c, seq_len)))
+            .seed(seed + i)
+            .shuffle()
+            .repeat()
             for i, c in enumerate(corpora)
         ]
         mixed = grain.MapDataset.mix(sets, weights) if len(sets) > 1 else sets[0]

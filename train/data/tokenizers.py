@@ -31,7 +31,9 @@ class Tokenizer(Protocol):
 class Bytes:
     """UTF-8 bytes; NUL begins and ends a document."""
 
-    vocab_size, bos, eos = 256, 0, 0
+    vocab_size: int = 256
+    bos: int | None = 0
+    eos: int | None = 0
 
     def encode(self, text: str) -> np.ndarray:
         """One id a byte; ValueError for text that holds a NUL."""
