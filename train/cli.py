@@ -51,7 +51,11 @@ def parser() -> argparse.ArgumentParser:
         "--fresh", action="store_true", help="set an earlier run in the directory aside, start anew"
     )
     train.add_argument(
-        "--allow", nargs="+", default=[], metavar="FIELD", help="fields that may differ on resuming"
+        "--allow",
+        action="append",
+        default=[],
+        metavar="FIELD",
+        help="a field that may differ on resuming; may be repeated",
     )
     train.add_argument("--profile", metavar="A:B", help="write an XProf trace of steps A to B")
     train.add_argument(
@@ -88,6 +92,18 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """Arguments, with FIELD=VALUE allowed before, between and after the options."""
+    top = parser()
+    args, rest = top.parse_known_args(argv)
+    strange = [r for r in rest if r.startswith("-") or "=" not in r or "overrides" not in args]
+    if strange:
+        top.error(f"unrecognized arguments: {' '.join(strange)}")
+    if rest:
+        args.overrides += rest
+    return args
+
+
 def _overrides(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
         "overrides", nargs="*", metavar="FIELD=VALUE", help="e.g. steps=50 optimizer.lr=1e-3"
@@ -122,7 +138,7 @@ def _not_negative(text: str) -> float:
 
 def main(presets: Mapping[str, Preset], argv: list[str] | None = None) -> int:
     """Runs one command; every foreseeable mistake ends in one line and exit code 2."""
-    args = parser().parse_args(argv)
+    args = parse(argv)
     commands = {
         "train": train, "eval": evaluate, "sample": sample,
         "compile": compile_, "list": list_, "inspect": inspect,
@@ -176,6 +192,9 @@ def train(args: argparse.Namespace, presets: Mapping[str, Preset]) -> int:
         print(json.dumps(to_json(run), indent=1))
         return OK
     profile = _profile_range(args.profile, run.steps)
+    from train.overrides import check_fields
+
+    check_fields(run, args.allow)
     folder = args.run_dir or Path("runs") / args.config
     start_cluster(args)
     import jax

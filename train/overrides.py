@@ -91,6 +91,17 @@ def parse(text: str, hint: Any, path: str) -> Any:
     raise wrong
 
 
+def check_fields(config: Any, paths: list[str]) -> None:
+    """ValueError unless each of `paths` is a field, or a group of fields, of `config`."""
+    known = [row[0] for row in field_help(config)]
+    for path in paths:
+        if not any(k == path or k.startswith(path + ".") for k in known):
+            near = difflib.get_close_matches(path, known, n=3, cutoff=0.5)
+            raise ValueError(
+                f"no field {path!r}" + (f": did you mean {' or '.join(near)}?" if near else "")
+            )
+
+
 def describe(hint: Any) -> str:
     """A type in words, for help and errors."""
     if typing.get_origin(hint) is typing.Annotated:

@@ -42,7 +42,7 @@ class Run:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least {least}")
         mesh = self.mesh.resolve(n_devices)
         sizes = dataclasses.asdict(mesh)
-        self.optimizer.check(self.steps)
+        self.optimizer.check()
         self.source.check()
         self.model.check(sizes)
         self.objective.check(self.model, self.source)
