@@ -1,9 +1,16 @@
-"""Rotary frequencies (Su et al., 2021) and the ways in use to stretch them."""
+"""Rotary positions (Su et al., 2021): the rotation, its frequencies, the ways in use to stretch them."""
 
 import dataclasses
 import math
 
+import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float, Int
+
+
+def _check_factor(factor: float) -> None:
+    if not factor > 0:
+        raise ValueError(f"factor={factor} must be positive")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -11,6 +18,9 @@ class LinearScaling:
     """Position interpolation: every frequency divided by `factor` (Chen et al., 2023)."""
 
     factor: float = 1.0
+
+    def __post_init__(self):
+        _check_factor(self.factor)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,6 +31,12 @@ class Llama3Scaling:
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     original_max_position_embeddings: int = 8192
+
+    def __post_init__(self):
+        _check_factor(self.factor)
+        low, high = self.low_freq_factor, self.high_freq_factor
+        if not low < high:
+            raise ValueError(f"low_freq_factor={low} must be below high_freq_factor={high}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,16 +50,26 @@ class YarnScaling:
     attention_factor: float | None = None
     truncate: bool = True
 
+    def __post_init__(self):
+        _check_factor(self.factor)
+        slow, fast = self.beta_slow, self.beta_fast
+        if not 0 < slow < fast:
+            raise ValueError(f"beta_slow={slow} must be below beta_fast={fast}, both positive")
+
 
 Scaling = LinearScaling | Llama3Scaling | YarnScaling
 
 
 def rope_frequencies(head_dim: int, theta: float, scaling: Scaling | None = None) -> np.ndarray:
-    """Angle per position of each pair of dimensions: float32 [head_dim / 2]."""
+    """Angle per position of each pair of dimensions: float32 [head_dim / 2].
+
+    theta^(-2 i / head_dim) for pair i, stretched by `scaling`. YaRN also wants the result of
+    `yarn_attention_factor` on queries and keys. ValueError for an odd head_dim or theta <= 1.
+    """
     if head_dim % 2 or head_dim < 2:
         raise ValueError(f"head_dim={head_dim} must be even and positive")
-    if not theta > 0:
-        raise ValueError(f"theta={theta} must be positive")
+    if not theta > 1:
+        raise ValueError(f"theta={theta} must be above 1")
     frequency = theta ** (-np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
     if isinstance(scaling, LinearScaling):
         frequency = frequency / scaling.factor
@@ -56,7 +82,8 @@ def rope_frequencies(head_dim: int, theta: float, scaling: Scaling | None = None
         keep = 1 - _yarn_ramp(head_dim, theta, scaling)
         frequency = keep * frequency + (1 - keep) * frequency / scaling.factor
     elif scaling is not None:
-        raise ValueError(f"scaling={scaling!r} is not one of {Scaling}")
+        legal = "LinearScaling, Llama3Scaling, YarnScaling, None"
+        raise ValueError(f"scaling={scaling!r} is not one of {legal}")
     return frequency.astype(np.float32)
 
 
@@ -81,3 +108,25 @@ def yarn_attention_factor(scaling: YarnScaling) -> float:
     if scaling.attention_factor is not None:
         return scaling.attention_factor
     return 1.0 if scaling.factor <= 1 else 0.1 * math.log(scaling.factor) + 1.0
+
+
+def apply_rope(
+    x: Float[Array, "b t h k"], positions: Int[Array, "#b t"], inv_freq: Float[Array, "half"] | None
+) -> Float[Array, "b t h k"]:
+    """Rotates pairs (x1, x2) of the two halves of the head by position * inv_freq.
+
+    [x1, x2] -> [x1 cos - x2 sin, x2 cos + x1 sin], computed in float32 (float64 if x is), returned
+    in x.dtype; `inv_freq` [k / 2], None is the identity. ValueError for shapes that do not fit.
+    """
+    if inv_freq is None:
+        return x
+    if x.shape[-1] != 2 * inv_freq.shape[-1]:
+        raise ValueError(f"inv_freq {inv_freq.shape} must be half the head dim of x {x.shape}")
+    b, t = x.shape[:2]
+    if positions.shape not in ((b, t), (1, t)):
+        raise ValueError(f"positions must be {(b, t)} or {(1, t)}, got {positions.shape}")
+    wide = jnp.promote_types(x.dtype, jnp.float32)
+    angle = positions[..., None].astype(wide) * jnp.asarray(inv_freq, wide)
+    cos, sin = jnp.cos(angle)[:, :, None], jnp.sin(angle)[:, :, None]
+    x1, x2 = jnp.split(x.astype(wide), 2, -1)
+    return jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], -1).astype(x.dtype)

@@ -5,7 +5,10 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from einops import rearrange
 from jaxtyping import Array, Float, Int
+
+from jaxlab.varying import vary_like
 
 
 def _check_tiles(length: int, n_tiles: int) -> None:
@@ -17,28 +20,37 @@ def _check_tiles(length: int, n_tiles: int) -> None:
         )
 
 
+# Tile i holds tokens i, i + n, i + 2n...: a sequence sharded over devices stays where it is.
+def _to_tiles(x, n):
+    return rearrange(x, "b (t n) ... -> n b t ...", n=n)
+
+
+def _from_tiles(x):
+    return rearrange(x, "n b t ... -> b (t n) ...")
+
+
 def tiled_mlp(
     fn: Callable[[Float[Array, "b tile d"]], Float[Array, "b tile e"]],
     x: Float[Array, "b t d"],
     *,
     n_tiles: int,
 ) -> Float[Array, "b t e"]:
-    """`fn(x)` for an `fn` that treats tokens alone, on sequence tiles, each recomputed in backward.
+    """`fn(x)` for an `fn` that treats tokens alone, on tiles of the sequence.
 
-    ValueError unless n_tiles divides t. Source: ALST tiling; note on UPipe, section 9.3.
+    What `fn` makes exists for t / n_tiles tokens at a time and is recomputed in the backward pass.
+    A tile is not contiguous: it takes every n_tiles-th token. ValueError unless n_tiles divides t.
+    Source: ALST tiling; note on UPipe, section 9.3.
     """
-    b, t = x.shape[:2]
-    _check_tiles(t, n_tiles)
+    _check_tiles(x.shape[1], n_tiles)
     if n_tiles == 1:
         return jax.checkpoint(fn)(x)
-    tiles = jnp.moveaxis(x.reshape(b, n_tiles, t // n_tiles, *x.shape[2:]), 1, 0)
-    out = jax.lax.map(jax.checkpoint(fn, prevent_cse=False), tiles)
-    out = jnp.moveaxis(out, 0, 1)
-    return out.reshape(b, t, *out.shape[3:])
+    return _from_tiles(jax.lax.map(jax.checkpoint(fn, prevent_cse=False), _to_tiles(x, n_tiles)))
 
 
 def _logits(h, w, softcap):
-    z = jnp.einsum("btd,dv->btv", h, w, preferred_element_type=jnp.promote_types(h.dtype, "float32"))
+    z = jnp.einsum(
+        "btd,dv->btv", h, w, preferred_element_type=jnp.promote_types(h.dtype, "float32")
+    )
     return z if softcap is None else softcap * jnp.tanh(z / softcap)
 
 
@@ -48,16 +60,6 @@ def _stats(h, w, labels, softcap):
     lse = jax.nn.logsumexp(z, -1)
     chosen = jnp.take_along_axis(z, jnp.maximum(labels, 0)[..., None], -1)[..., 0]
     return chosen - lse, lse
-
-
-# Tile i holds tokens i, i + n, i + 2n...: a sequence sharded over devices stays where it is.
-def _to_tiles(x, n):
-    return jnp.moveaxis(x.reshape(x.shape[0], -1, n, *x.shape[2:]), 2, 0)
-
-
-def _from_tiles(x):
-    x = jnp.moveaxis(x, 0, 2)
-    return x.reshape(x.shape[0], -1, *x.shape[3:])
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
@@ -88,19 +90,25 @@ def _token_stats_backward(n_tiles, softcap, saved, cotangents):
         return dw + jnp.einsum("btd,btv->dv", ht, dz, preferred_element_type=wide), dh
 
     tiles = (_to_tiles(x, n_tiles) for x in (h, labels, *cotangents))
-    dw, dh = jax.lax.scan(body, jnp.zeros(w.shape, wide), tuple(tiles))
+    dw, dh = jax.lax.scan(body, vary_like(jnp.zeros(w.shape, wide), w), tuple(tiles))
     return _from_tiles(dh), dw.astype(w.dtype), None
 
 
 _token_stats.defvjp(_token_stats_forward, _token_stats_backward)
 
 
-def _checked_stats(h, w, labels, n_tiles, softcap):
+def _checked_stats(h, w, labels, n_tiles, softcap) -> tuple[jax.Array, jax.Array]:
     if h.ndim != 3 or w.ndim != 2 or h.shape[2] != w.shape[0] or labels.shape != h.shape[:2]:
-        raise ValueError(f"shapes do not fit: h {h.shape}, w {w.shape}, labels {labels.shape}")
+        raise ValueError(
+            f"need h [b, t, d], w [d, v], labels [b, t]; got {h.shape}, {w.shape}, {labels.shape}"
+        )
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"softcap={softcap} must be positive or None")
     _check_tiles(h.shape[1], n_tiles)
     if n_tiles == 1:
         return _stats(h, w, labels, softcap)
+    # One type for all under shard_map: a custom gradient must have the type of its input.
+    h, w, labels = (vary_like(x, h, w, labels) for x in (h, w, labels))
     return _token_stats(h, w, labels, n_tiles, softcap)
 
 
@@ -112,7 +120,11 @@ def token_log_probs(
     n_tiles: int,
     softcap: float | None = None,
 ) -> Float[Array, "b t"]:
-    """log p(label) under softmax(h @ w), float32; 0 where the label is negative (ignored)."""
+    """log p(label) under softmax(h @ w), 0 where the label is negative (ignored).
+
+    float32, float64 when h is. Logits are soft-capped and tiled as in `tiled_cross_entropy`; a label
+    that is not below v gives NaN. ValueError unless n_tiles divides t and the shapes fit.
+    """
     logp, _ = _checked_stats(h, w, labels, n_tiles, softcap)
     return jnp.where(labels >= 0, logp, 0)
 
@@ -128,9 +140,12 @@ def tiled_cross_entropy(
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """(sum of -log p(label), number of labels counted); negative labels are ignored.
 
-    Logits [t, v] exist one tile of t / n_tiles tokens at a time, forward and backward (where they are
-    recomputed; dw accumulates in float32). `z_loss` adds z_loss * logsumexp^2 a counted token.
-    ValueError unless n_tiles divides t. Source: ALST; note on UPipe, section 9.3.
+    Logits, softcap * tanh(h @ w / softcap) if `softcap` is given, exist for one tile of t / n_tiles
+    tokens at a time, forward and backward (where they are recomputed; dw accumulates in float32).
+    With n_tiles=1 they are kept for the backward pass instead: the plain computation.
+    `z_loss` adds z_loss * logsumexp^2 a counted token. Both results are float32 scalars, the loss
+    float64 when h is; a label that is not below v makes the loss NaN, not silently wrong.
+    ValueError unless n_tiles divides t and the shapes fit. Source: ALST; note on UPipe, section 9.3.
     """
     logp, lse = _checked_stats(h, w, labels, n_tiles, softcap)
     counted = labels >= 0
