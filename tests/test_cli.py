@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from configs import presets
 
 ROOT = Path(__file__).parent.parent

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from train.data.bigram import bigram_loss
 from train.data.corpus import Corpus, load_corpus
 from train.data.packing import Rows, Stream, Windows

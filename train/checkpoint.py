@@ -18,6 +18,8 @@ from jaxtyping import Array, UInt32
 
 for noisy in ("absl", "orbax"):
     logging.getLogger(noisy).setLevel(logging.ERROR)
+# Of a damaged checkpoint Orbax reports the first bad array; asyncio would print all the others.
+logging.getLogger("asyncio").setLevel(logging.CRITICAL)
 
 
 @jax.jit

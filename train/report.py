@@ -66,7 +66,6 @@ def plan(run: Run) -> str:
 def compile_for(run: Run, topology: str) -> str:
     """Compiles the train step of `run` for a TPU `topology` and tabulates what it needs."""
     from sharding.plan import compile_report, format_report
-
     from sharding.topology import parse_topology, topology_devices
     from train.meter import forward_flops
     from train.trainer import build

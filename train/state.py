@@ -101,8 +101,8 @@ def make_train_step(
         def loss(params):
             return objective(apply, params, batch, key)
 
-        (_, metrics), grads = jax.value_and_grad(loss, has_aux=True)(params)
-        return jax.tree.map(lambda g: g.astype(jnp.float32), grads), metrics
+        (value, metrics), grads = jax.value_and_grad(loss, has_aux=True)(params)
+        return jax.tree.map(lambda g: g.astype(jnp.float32), grads), value, metrics
 
     def accumulated(params, batch, key):
         if accumulate == 1:
@@ -121,8 +121,8 @@ def make_train_step(
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict]:
         key = jax.random.fold_in(jax.random.key(seed), state.step)
-        grads, metrics = accumulated(state.params, batch, key)
-        loss, weight = metrics["loss"]
+        grads, loss, metrics = accumulated(state.params, batch, key)
+        weight = metrics["loss"][1]
         grads = jax.tree.map(lambda g: g / jnp.maximum(weight, 1), grads)
         norm = optax.tree.norm(grads)
         good = jnp.isfinite(loss) & jnp.isfinite(norm)
