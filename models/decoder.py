@@ -80,6 +80,11 @@ class DecoderConfig:
                     f"use mesh.tensor in {legal}"
                 )
 
+    def inputs(self, batch: dict[str, jax.ShapeDtypeStruct]) -> tuple[jax.ShapeDtypeStruct, ...]:
+        """What `init` is traced with, one row of a batch of this kind."""
+        tokens = batch["tokens"]
+        return (jax.ShapeDtypeStruct((1, *tokens.shape[1:]), tokens.dtype),)
+
     def build(self, platform: str) -> "Decoder":
         """The module, with `dtype='auto'` settled for `platform` (cpu, gpu, tpu)."""
         dtype = self.dtype

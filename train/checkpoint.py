@@ -16,10 +16,10 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 from jaxtyping import Array, UInt32
 
-for noisy in ("absl", "orbax"):
-    logging.getLogger(noisy).setLevel(logging.ERROR)
-# Of a damaged checkpoint Orbax reports the first bad array; asyncio would print all the others.
-logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+# What fails is raised here as well; their logs, from other threads, are tracebacks of it. Of a damaged
+# checkpoint Orbax reports the first bad array, asyncio would print all the others.
+for noisy in ("absl", "orbax", "asyncio"):
+    logging.getLogger(noisy).setLevel(logging.CRITICAL)
 
 
 @jax.jit

@@ -9,6 +9,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,7 @@ def parser() -> argparse.ArgumentParser:
     train = add("train", "train a configuration; resumes if the run directory has a run")
     train.add_argument("config", help="name of a configuration (see: jaxlab list)")
     _overrides(train)
-    train.add_argument("--run-dir", type=Path, help="where the run lives (default: runs/CONFIG)")
+    train.add_argument("--run-dir", type=_folder, help="where the run lives (default: runs/CONFIG)")
     train.add_argument(
         "--fresh", action="store_true", help="set an earlier run in the directory aside, start anew"
     )
@@ -67,13 +68,13 @@ def parser() -> argparse.ArgumentParser:
     _cluster(train)
 
     evaluate = add("eval", "run the evaluators of a run on its newest (or a given) checkpoint")
-    evaluate.add_argument("run", type=Path, help="run directory")
+    evaluate.add_argument("run", type=_folder, help="run directory")
     _overrides(evaluate)
     evaluate.add_argument("--step", type=int, help="checkpoint step (default: newest)")
     _cluster(evaluate)
 
     sample = add("sample", "write text with a trained run")
-    sample.add_argument("run", type=Path, help="run directory")
+    sample.add_argument("run", type=_folder, help="run directory")
     sample.add_argument("--prompt", default="The ", help="text to continue")
     sample.add_argument("--tokens", type=_positive, default=200, help="tokens to write")
     sample.add_argument("--temperature", type=_not_negative, default=0.8, help="0: greedy")
@@ -88,7 +89,9 @@ def parser() -> argparse.ArgumentParser:
     add("list", "list the configurations")
 
     inspect = add("inspect", "show what a checkpoint holds")
-    inspect.add_argument("checkpoint", type=Path, help="run directory, or checkpoints/STEP in it")
+    inspect.add_argument(
+        "checkpoint", type=_folder, help="run directory, or checkpoints/STEP in it"
+    )
     return top
 
 
@@ -122,6 +125,15 @@ def _cluster(sub: argparse.ArgumentParser) -> None:
     group.add_argument("--process-id", type=int, metavar="I", help="and which of them this is")
 
 
+def _folder(text: str) -> Path:
+    if "://" in text:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is an address, not a folder: mount the bucket and give the path where it is "
+            f"mounted (docs/running.md)"
+        )
+    return Path(text)
+
+
 def _positive(text: str) -> int:
     value = int(text)
     if value < 1:
@@ -139,6 +151,7 @@ def _not_negative(text: str) -> float:
 def main(presets: Mapping[str, Preset], argv: list[str] | None = None) -> int:
     """Runs one command; every foreseeable mistake ends in one line and exit code 2."""
     args = parse(argv)
+    quiet_libtpu()
     commands = {
         "train": train, "eval": evaluate, "sample": sample,
         "compile": compile_, "list": list_, "inspect": inspect,
@@ -162,7 +175,24 @@ def main(presets: Mapping[str, Preset], argv: list[str] | None = None) -> int:
             type(error).__name__ != "RunFailed" or args.debug
         ):  # a name: no import before it is needed
             raise
-        return _fail(str(error), FAILED)
+        code = _fail(str(error), FAILED)
+        if sys.modules["jax"].process_count() > 1:
+            # The runtime's own shutdown waits for every process, a dead one too, and then aborts.
+            sys.stdout.flush()
+            os._exit(code)
+        return code
+
+
+def quiet_libtpu() -> None:
+    """Keeps JAX from looking for TPUs where libtpu is only there to compile for them."""
+    if (
+        "JAX_PLATFORMS" in os.environ
+        or find_spec("libtpu") is None
+        or find_spec("jax_cuda13_plugin")
+    ):
+        return
+    if not any(Path("/dev").glob("accel*")) and not any(Path("/dev/vfio").glob("[0-9]*")):
+        os.environ["JAX_PLATFORMS"] = "cpu"
 
 
 def _fail(text: str, code: int) -> int:

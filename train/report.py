@@ -82,9 +82,8 @@ def compile_for(run: Run, topology: str) -> str:
             program.step, (program.state, program.batch), topology=topology, flops=flops
         )
     mesh = " x ".join(f"{k}={v}" for k, v in program.mesh.shape.items() if v > 1)
-    head = (
-        f"{topology}: {len(devices)} devices, mesh {mesh}, batch {run.batch} x {run.source.seq_len}"
-    )
+    shape = " x ".join(map(str, next(iter(program.batch.values())).shape))
+    head = f"{topology}: {len(devices)} devices, mesh {mesh}, batch {shape}"
     return f"{head}\n{format_report(report)}"
 
 

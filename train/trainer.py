@@ -52,14 +52,15 @@ def build(run: Run, devices=None) -> Program:
     """Mesh, model, optimiser and the jitted step of a checked run, from shapes alone."""
     mesh = make_mesh(run.mesh, devices)
     spec = run.source.spec(run.batch)
+    inputs = run.model.inputs(spec)
     module = run.model.build(mesh.devices.flat[0].platform)
 
     def apply(params, *args, **kwargs):
         return module.apply({"params": params}, *args, **kwargs)
 
-    tx = make_optimizer(run.optimizer, run.steps, logical_axes(module, spec))
+    tx = make_optimizer(run.optimizer, run.steps, logical_axes(module, inputs))
     ema = run.optimizer.ema
-    abstract = abstract_state(module, tx, ema, spec, run.seed, mesh)
+    abstract = abstract_state(module, tx, ema, inputs, run.seed, mesh)
     placed = jax.tree.map(lambda a: a.sharding, abstract)
     step = make_train_step(
         apply, run.objective, tx, accumulate=run.accumulate, ema=ema, seed=run.seed
@@ -70,7 +71,7 @@ def build(run: Run, devices=None) -> Program:
         in_shardings=(placed, batch_shardings(spec, mesh)),
         out_shardings=(placed, None),
     )
-    init = jax.jit(lambda: make_state(module, tx, ema, spec, run.seed), out_shardings=placed)
+    init = jax.jit(lambda: make_state(module, tx, ema, inputs, run.seed), out_shardings=placed)
     return Program(run, mesh, apply, step, init, abstract, abstract_batch(spec, mesh))
 
 
