@@ -210,11 +210,12 @@ def test_a_dead_peer_ends_the_run_and_the_checkpoint_is_intact(tmp_path, victim)
     processes = pair(folder)
     wait_for(lambda: newest(folder) >= 10, processes[0])
     processes[victim].send_signal(signal.SIGKILL)
+    processes[victim].communicate()
     other = processes[1 - victim]
     _, said = other.communicate(timeout=300)
-    # Process 0 holds JAX's coordination service: without it the runtime itself ends the others.
-    assert other.returncode == (74 if victim else -signal.SIGABRT), said
-    assert ("the run failed" if victim else "another task died") in said
+    # Whichever comes first: the broken collective, or JAX's runtime, which then ends the process.
+    assert other.returncode in (74, -signal.SIGABRT), said
+    assert ("the run failed" in said) if other.returncode == 74 else ("another task died" in said)
     assert "Traceback" not in said
     steps = Checkpoints(folder / "checkpoints", read_only=True).steps()
     assert steps[-1] >= 10

@@ -17,7 +17,7 @@ from typing import Any
 OK, USAGE, DIVERGED, FAILED, STOPPED = 0, 2, 3, 74, 75
 
 EPILOG = """exit codes: 0 done · 2 wrong invocation, nothing changed · 3 loss or gradient not finite ·
-74 failed while running (disk, peer), last checkpoint intact · 75 stopped by a signal, saved: run again"""
+74 (or 134: another process died) failed while running, last checkpoint intact · 75 stopped by a signal, saved: run again"""
 
 
 class Preset:
@@ -296,10 +296,10 @@ def start_cluster(args: argparse.Namespace) -> None:
         return
     import jax
 
-    if args.coordinator:
-        jax.distributed.initialize(args.coordinator, args.processes, args.process_id)
-    else:
-        jax.distributed.initialize()
+    # A dead process is noticed after this many seconds; the others then end.
+    jax.distributed.initialize(
+        args.coordinator, args.processes, args.process_id, heartbeat_timeout_seconds=30
+    )
 
 
 def _open_run(folder: Path, assignments: list[str], step: int | None):

@@ -19,7 +19,7 @@ class Meter:
         self.run, self.tokens = run, int(np.prod(batch["tokens"].shape)) if "tokens" in batch else 0
         self.lr = learning_rate(run.optimizer, run.steps)
         self.forward_flops = forward_flops(program)
-        device = program.mesh.devices.flat[0]
+        device = program.mesh.local_devices[0]
         peak = peak_flops(device.device_kind, str(getattr(run.model, "dtype", "auto")))
         self.peak = peak * program.mesh.size if peak else None
         self.device = device
