@@ -17,7 +17,8 @@ from typing import Any
 OK, USAGE, DIVERGED, FAILED, STOPPED = 0, 2, 3, 74, 75
 
 EPILOG = """exit codes: 0 done · 2 wrong invocation, nothing changed · 3 loss or gradient not finite ·
-74 (or 134: another process died) failed while running, last checkpoint intact · 75 stopped by a signal, saved: run again"""
+74 failed while running (disk, device), last checkpoint intact · 75 stopped by a signal, saved: run again ·
+134 another process died, last checkpoint intact"""
 
 
 class Preset:
