@@ -10,9 +10,11 @@ import jax
 from train.run import Run
 
 
-def spec_text(array: jax.ShapeDtypeStruct) -> str:
+def spec_text(array: Any) -> str:
     """Type, shape and sharding in one word: float32[64@fsdp,256@tensor]."""
-    spec = getattr(getattr(array, "sharding", None), "spec", ())
+    sharding = getattr(array, "sharding", None)
+    # Orbax's metadata spells the specification out.
+    spec = getattr(sharding, "spec", None) or getattr(sharding, "partition_spec", None) or ()
     parts = []
     for size, part in zip(array.shape, (*spec, *[None] * len(array.shape)), strict=False):
         axes = (part,) if isinstance(part, str) else (part or ())
@@ -101,16 +103,13 @@ def describe_checkpoint(path: Path) -> str:
     step = steps[-1] if step is None else step
     meta, tree = checkpoints.meta(step), checkpoints.shapes(step)
     checkpoints.close()
-    shapes = jax.tree.map(
-        lambda a: jax.ShapeDtypeStruct(tuple(a.shape), a.dtype, sharding=None), tree
-    )
     from train.run import flatten
 
-    size = sum(math.prod(a.shape) * a.dtype.itemsize for a in jax.tree.leaves(shapes))
+    size = sum(math.prod(a.shape) * a.dtype.itemsize for a in jax.tree.leaves(tree))
     config = [f"  {k} = {v}" for k, v in flatten(meta["config"]).items() if not k.endswith("type")]
     return "\n".join([
         f"{folder}: step {step} of steps {steps}, {human(size)}",
-        "state", *_rows(shapes), "config", *config,
+        "state, as it was sharded", *_rows(tree), "config", *config,
     ])  # fmt: skip
 
 

@@ -88,8 +88,6 @@ def fit(
     run = run.check(jax.device_count())
     first = jax.process_index() == 0
     reconcile(run, folder, allow)
-    if debug:
-        jax.config.update("jax_debug_nans", True)
 
     # ---- mesh, model, data ----
     program = build(run)
@@ -111,6 +109,7 @@ def fit(
             contextlib.closing(Recorder(folder, run.steps, active=first, quiet=quiet))
         )
         stack.enter_context(jax.set_mesh(program.mesh))
+        stack.enter_context(jax.debug_nans(debug))
         stop = stack.enter_context(Stop())
 
         # ---- restore or initialise ----
@@ -119,7 +118,7 @@ def fit(
             got = checkpoints.restore(program.state)
             state, start = got.state, got.step
             for step, why in got.rejected.items():
-                out.say(f"checkpoint step {step} set aside as unusable: {why}", "bold red")
+                out.warn(f"checkpoint step {step} set aside as unusable: {why}")
             if got.meta.get("source") is not None:
                 if len(got.meta["source"]) != rows[1]:
                     raise ValueError(
@@ -188,10 +187,9 @@ def fit(
                     out.line(at, row, eta=meter.eta(at))
             if code == DIVERGED:
                 path = save_batch(folder, step, batch)
-                out.say(
+                out.warn(
                     f"stopped at step {step}: loss or gradient not finite for {bad} steps in a row; "
-                    f"the parameters are those of the last good step, the batch is in {path}",
-                    "bold red",
+                    f"nothing of them was saved, the batch is in {path}"
                 )
                 break
             if evaluate_now:
