@@ -1,14 +1,28 @@
-"""Layers of the decoder: parameters with logical axis names around jaxlab functions."""
+"""Layers of the decoder: parameters with logical axis names around jaxlab functions.
+
+A mixer is a module with two promises. `init_state(config, batch, length)` makes the state of one
+layer for decoding: a pytree whose leaves are [batch, ...] or scalars; `length` bounds the tokens it
+will see, which a state of constant size ignores. `__call__(x, positions, segment_ids, inv_freq, state)`
+returns (y, state). State None is training: every token sees those before it in its segment. With a
+state the t tokens, many (prefill) or one (a step), follow those that the state has seen, and segment 0
+is padding, which leaves no trace in it.
+"""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from einops import rearrange
 from jaxtyping import Array, Float, Int
 
-from jaxlab.attention import apply_rope, blockwise_attention, dense_attention
+from jaxlab.attention import (
+    apply_rope,
+    blockwise_attention,
+    cached_attention,
+    dense_attention,
+)
 from sharding.rules import constrain
 
 ATTENTION: dict[str, Callable] = {"dense": dense_attention, "blockwise": blockwise_attention}
@@ -37,10 +51,46 @@ class RMSNorm(nn.Module):
         return (wide * scale.astype(jnp.float32)).astype(x.dtype)
 
 
+class KVCache(NamedTuple):
+    """Keys and values of the tokens seen, one slot each for all rows alike."""
+
+    keys: Float[Array, "b hk s k"]
+    values: Float[Array, "b hk s k"]
+    positions: Int[Array, "b s"]  # NOWHERE in slots without a token
+    used: Int[Array, ""]  # slots
+
+    def append(self, keys, values, positions) -> "KVCache":
+        """With t tokens more: keys and values [b, t, hk, k], positions [b, t]."""
+
+        def put(cache, new, axis):
+            new = new.astype(cache.dtype)
+            return jax.lax.dynamic_update_slice_in_dim(cache, new, self.used, axis)
+
+        place = lambda x: constrain(x, "batch", "act_kv_heads", "cache", None)  # noqa: E731
+        keys, values = (rearrange(x, "b t h k -> b h t k") for x in (keys, values))
+        return KVCache(
+            place(put(self.keys, keys, 2)),
+            place(put(self.values, values, 2)),
+            put(self.positions, positions, 1),
+            self.used + positions.shape[1],
+        )
+
+
+# A position after every query's, so that the causal rule hides the slot.
+NOWHERE = jnp.iinfo(jnp.int32).max
+
+
 class Attention(nn.Module):
     """Grouped-query attention with rotary positions and optional QK-norm."""
 
     config: Any  # DecoderConfig, whose module imports this one
+
+    @staticmethod
+    def init_state(config, batch: int, length: int) -> KVCache:
+        """An empty cache of `length` slots, in the compute type."""
+        shape = (batch, config.kv_heads, length, config.head_dim)
+        empty = jnp.zeros(shape, config.dtype)
+        return KVCache(empty, empty, jnp.full((batch, length), NOWHERE), jnp.zeros((), jnp.int32))
 
     @nn.compact
     def __call__(
@@ -49,7 +99,8 @@ class Attention(nn.Module):
         positions: Int[Array, "b t"],
         segment_ids: Int[Array, "b t"] | None,
         inv_freq: Float[Array, "half"],
-    ) -> Float[Array, "b t d"]:
+        state: KVCache | None = None,
+    ) -> tuple[Float[Array, "b t d"], KVCache | None]:
         c = self.config
         d, h, hk, k = c.d_model, c.heads, c.kv_heads, c.head_dim
         std = d**-0.5
@@ -66,8 +117,25 @@ class Attention(nn.Module):
         q = apply_rope(q, positions, inv_freq)
         key = apply_rope(key, positions, inv_freq)
         q = constrain(q, "batch", "length", "act_heads", None)
-        out = ATTENTION[c.attention](q, key, v, causal=True, segment_ids=segment_ids)
-        return jnp.einsum("bthk,hkd->btd", out, wo.astype(x.dtype))
+        if state is None:
+            out = ATTENTION[c.attention](q, key, v, causal=True, segment_ids=segment_ids)
+        else:
+            seen = positions if segment_ids is None else jnp.where(segment_ids, positions, NOWHERE)
+            state = state.append(key, v, seen)
+            out = attend_to_cache(c.attention, q, state, positions)
+        return jnp.einsum("bthk,hkd->btd", out, wo.astype(x.dtype)), state
+
+
+def attend_to_cache(
+    name: str, q: Float[Array, "b t h k"], cache: KVCache, positions: Int[Array, "b t"]
+) -> Float[Array, "b t h k"]:
+    """Attention of new tokens, already in the cache, to all that it holds; one token reads it as it lies."""
+    if q.shape[1] == 1:
+        return cached_attention(q, cache.keys, cache.values, positions, cache.positions)
+    keys, values = (rearrange(x, "b h s k -> b s h k") for x in (cache.keys, cache.values))
+    return ATTENTION[name](
+        q, keys, values, causal=True, q_positions=positions, k_positions=cache.positions
+    )
 
 
 class MLP(nn.Module):

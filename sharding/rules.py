@@ -11,13 +11,15 @@ from jax.sharding import PartitionSpec as P
 
 Rules = Mapping[str, str | tuple[str, ...] | None]
 
-# One value a name. Activations: batch, length, act_*; the others belong to parameters.
+# One value a name. Activations: batch, length, cache, act_*; the others belong to parameters.
 RULES: Rules = {
     "batch": ("data", "fsdp"),
     "length": ("ring", "context"),
     "act_embed": None,
     "act_heads": "tensor",
+    "act_kv_heads": "tensor",
     "act_mlp": "tensor",
+    "cache": None,
     "layers": None,
     "embed": "fsdp",
     "heads": "tensor",
@@ -41,6 +43,11 @@ def use_rules(rules: Rules) -> Iterator[None]:
         yield
     finally:
         _current.reset(token)
+
+
+def current_rules() -> Rules:
+    """The rules in force."""
+    return _current.get()
 
 
 def spec_of(axes: tuple[str | None, ...], rules: Rules | None = None, mesh=None) -> P:
