@@ -4,6 +4,8 @@ A query that sees no key has out 0, lse -inf and gradient 0. Logits and accumula
 float64 when the inputs are. The mask rule and the logits are in jaxlab.masks.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from einops import rearrange
@@ -65,7 +67,7 @@ def cached_attention(
 
     ValueError for arguments that do not fit.
     """
-    usual = [
+    usual: list[Any] = [
         jax.ShapeDtypeStruct((*x.shape[:1], *x.shape[1:3][::-1], *x.shape[3:]), x.dtype)
         for x in (k, v)
     ]

@@ -37,6 +37,10 @@ class Sampling(NamedTuple):
         return isinstance(self.temperature, int | float) and self.temperature == 0
 
 
+PLAIN = Sampling()  # the model's own distribution
+GREEDY = Sampling(temperature=0.0)
+
+
 def _check(name: str, value, legal: str, test) -> None:
     if isinstance(value, int | float) and not test(value):
         raise ValueError(f"{name}={value} must be {legal}")

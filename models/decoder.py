@@ -129,7 +129,7 @@ class Decoder(nn.Module):
         if c.remat != "none":
             block = nn.remat(Block, policy=REMAT[c.remat], prevent_cse=False)
         if self.unrolled:
-            self.blocks = [block(c) for _ in range(self.depth)]
+            self.blocks: Any = [block(c) for _ in range(self.depth)]
         else:
             self.blocks = nn.scan(
                 block,

@@ -10,9 +10,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from jaxlab.sampling import Sampling, draw
+from jaxlab.sampling import PLAIN, Sampling, draw
 from models.decoder import Decoder
 from sharding.rules import constrain, current_rules, use_rules
 
@@ -49,7 +50,7 @@ def generate(
     new: int,
     samples: int = 1,
     stop: tuple[int, ...] = (),
-    sampling: Sampling = Sampling(),
+    sampling: Sampling = PLAIN,
     pad: int = 0,
 ) -> Generated:
     """At most `new` tokens after each prompt, `samples` times, one prefill a prompt.
@@ -82,27 +83,26 @@ def prefill(
         raise ValueError(f"prompts must be [batch, length], none 0, got {prompts.shape}")
     b, p = prompts.shape
     if lengths.shape != (b,):
-        raise ValueError(f"lengths must be {(b,)} as prompts are {prompts.shape}, got {lengths.shape}")
+        raise ValueError(
+            f"lengths must be {(b,)} as prompts are {prompts.shape}, got {lengths.shape}"
+        )
     if samples < 1:
         raise ValueError(f"samples={samples} must be at least 1")
     if room <= p:
         raise ValueError(f"room={room} must exceed the prompts' length {p}")
     keys = _keys(key, b, samples)
 
-    def call(method, *args):
-        return module.apply({"params": params}, *args, method=method)
-
     with _decoding_rules():
         place = jnp.arange(p)[None]
         real = (place < lengths[:, None]).astype(jnp.int32)
-        states = call("init_state", b, room)
+        states = _call(module, params, "init_state", b, room)
         positions = jnp.broadcast_to(place, prompts.shape)
-        hidden, states = call("extend", prompts, states, positions, real)
+        hidden, states = _call(module, params, "extend", prompts, states, positions, real)
         last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], 1)[:, 0]
-        repeat = lambda x: constrain_rows(jnp.repeat(x, samples, 0))  # noqa: E731
+        repeat = lambda x: _constrain_rows(jnp.repeat(x, samples, 0))  # noqa: E731
         return Progress(
             _repeat_states(module, states, samples),
-            repeat(call("logits", last)),
+            repeat(_call(module, params, "logits", last)),
             repeat(lengths.astype(jnp.int32)),
             keys,
             jnp.zeros((), jnp.int32),
@@ -117,7 +117,7 @@ def decode(
     *,
     steps: int,
     stop: tuple[int, ...] = (),
-    sampling: Sampling = Sampling(),
+    sampling: Sampling = PLAIN,
     pad: int = 0,
 ) -> tuple[Progress, Generated]:
     """`steps` more tokens, fewer once every row is done; the room of the state must suffice.
@@ -145,13 +145,13 @@ def decode(
             for old, new in zip(out, column, strict=True)
         ]
         stopped = jnp.isin(tokens, jnp.asarray(stop, jnp.int32)) if stop else False
-        hidden, states = module.apply(
-            {"params": params}, tokens[:, None], at.states, at.positions[:, None], method="extend"
+        hidden, states = _call(
+            module, params, "extend", tokens[:, None], at.states, at.positions[:, None]
         )
-        logits = module.apply({"params": params}, hidden[:, 0], method="logits")
+        logits = _call(module, params, "logits", hidden[:, 0])
         after = Progress(
             states,
-            constrain_rows(logits),
+            _constrain_rows(logits),
             at.positions + 1,
             at.keys,
             at.made + 1,
@@ -175,6 +175,10 @@ def decode(
     return progress, Generated(tokens, logprobs, entropies, lengths, done, sampling_logprobs)
 
 
+def _call(module: Decoder, params, method: str, *args) -> Any:
+    return module.apply({"params": params}, *args, method=method)
+
+
 def _keys(key: jax.Array, b: int, samples: int) -> Key[Array, "b n"]:
     if key.shape not in ((), (b,), (b, samples)):
         legal = f"(), {(b,)} or {(b, samples)}"
@@ -190,14 +194,17 @@ def _keys(key: jax.Array, b: int, samples: int) -> Key[Array, "b n"]:
 def _repeat_states(module: Decoder, states, samples: int):
     """Every row `samples` times; leaves are [batch, ...] or scalars, behind the layers if stacked."""
     axis = 0 if module.unrolled else 1
-    if samples == 1:
-        return states
-    return jax.tree.map(
-        lambda x: x if x.ndim == axis else jnp.repeat(x, samples, axis), states
-    )
+
+    def repeat(x):
+        if x.ndim == axis:
+            return x
+        free = (P.UNCONSTRAINED,) * x.ndim
+        return constrain(jnp.repeat(x, samples, axis), *free[:axis], "batch", *free[axis + 1 :])
+
+    return states if samples == 1 else jax.tree.map(repeat, states)
 
 
-def constrain_rows(x: jax.Array) -> jax.Array:
+def _constrain_rows(x: jax.Array) -> jax.Array:
     """`x` [rows, ...] split by rows as a batch is."""
     return constrain(x, "batch", *(None,) * (x.ndim - 1))
 

@@ -155,4 +155,4 @@ class MLP(nn.Module):
         return constrain(hidden, "batch", "length", "act_mlp") @ down.astype(x.dtype)
 
 
-MIXERS: dict[str, type[nn.Module]] = {"attention": Attention}
+MIXERS: dict[str, Any] = {"attention": Attention}

@@ -4,6 +4,7 @@ import contextlib
 import contextvars
 import math
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding
@@ -50,11 +51,17 @@ def current_rules() -> Rules:
     return _current.get()
 
 
-def spec_of(axes: tuple[str | None, ...], rules: Rules | None = None, mesh=None) -> P:
-    """PartitionSpec of logical `axes`; a mesh axis used twice or an unknown name is a ValueError."""
+def spec_of(axes: tuple[Any, ...], rules: Rules | None = None, mesh=None) -> P:
+    """PartitionSpec of logical `axes`; a mesh axis used twice or an unknown name is a ValueError.
+
+    None is not split, P.UNCONSTRAINED left to the compiler.
+    """
     rules = _current.get() if rules is None else rules
     parts, used = [], {}
     for name in axes:
+        if name is P.UNCONSTRAINED:
+            parts.append(name)
+            continue
         if name is not None and name not in rules:
             raise ValueError(f"unknown logical axis {name!r}; the rules know {sorted(rules)}")
         value = None if name is None else rules[name]
@@ -69,7 +76,7 @@ def spec_of(axes: tuple[str | None, ...], rules: Rules | None = None, mesh=None)
     return P(*parts)
 
 
-def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
+def constrain(x: jax.Array, *axes: Any) -> jax.Array:
     """Asks the compiler for the sharding of logical `axes`; identity without a mesh or inside shard_map."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or AxisType.Manual in mesh.axis_types:
