@@ -1,6 +1,8 @@
 """Generation against full forward passes: cached steps, ragged prompts, shared prefills, meshes."""
 
 import functools
+import re
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -293,3 +295,10 @@ def test_arguments_that_do_not_fit_are_named(change, message):
     arguments = dict(prompts=tokens, lengths=lengths, key=jax.random.key(0), new=2) | change
     with pytest.raises(ValueError, match=message):
         generate(*model(config), **arguments)
+
+
+def test_the_documentation_runs():
+    text = (Path(__file__).parent.parent / "docs" / "generation.md").read_text()
+    blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    assert blocks
+    exec("\n".join(blocks), {})
