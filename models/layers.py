@@ -1,4 +1,7 @@
-"""Layers of the decoder: parameters with logical axis names around jaxlab functions."""
+"""Layers of the decoder: parameters with logical axis names around jaxlab functions.
+
+A matrix whose name is in the collection "lora" (see models/lora.py) is used with that adapter.
+"""
 
 from collections.abc import Callable
 from typing import Any
@@ -9,6 +12,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxlab.attention import apply_rope, blockwise_attention, dense_attention
+from jaxlab.lora import lora_delta, lora_product
+from jaxlab.rope import rope_factor
 from sharding.rules import constrain
 
 ATTENTION: dict[str, Callable] = {"dense": dense_attention, "blockwise": blockwise_attention}
@@ -18,6 +23,36 @@ def weight(
     module: nn.Module, name: str, shape: tuple[int, ...], axes: tuple[str | None, ...], std, dtype
 ) -> jax.Array:
     """Declares a truncated-normal parameter of standard deviation `std` with logical `axes`."""
+    w = _declare(module, name, shape, axes, std, dtype)
+    if module.has_variable("lora", name):
+        w = w + lora_delta(module.get_variable("lora", name)).astype(w.dtype)
+    return w
+
+
+def linear(
+    module: nn.Module,
+    name: str,
+    shape: tuple[int, ...],
+    axes: tuple[str | None, ...],
+    std,
+    dtype,
+    inputs: int = 1,
+) -> Callable[[jax.Array], jax.Array]:
+    """Declares a `weight` and returns the product with it over its first `inputs` axes.
+
+    An adapter is applied in its low-rank form: x W + (x A) B, W is not touched.
+    """
+    w = _declare(module, name, shape, axes, std, dtype)
+    adapter = module.get_variable("lora", name) if module.has_variable("lora", name) else None
+
+    def product(x):
+        y = jnp.tensordot(x, w.astype(x.dtype), inputs)
+        return y if adapter is None else y + lora_product(x, adapter, inputs)
+
+    return product
+
+
+def _declare(module: nn.Module, name, shape, axes, std, dtype) -> jax.Array:
     init = nn.with_logical_partitioning(nn.initializers.truncated_normal(std), axes)
     return jnp.asarray(module.param(name, init, shape, dtype))
 
@@ -53,21 +88,21 @@ class Attention(nn.Module):
         c = self.config
         d, h, hk, k = c.d_model, c.heads, c.kv_heads, c.head_dim
         std = d**-0.5
-        wq = weight(self, "wq", (d, h, k), ("embed", "heads", "head_dim"), std, c.param_dtype)
-        wk = weight(self, "wk", (d, hk, k), ("embed", "kv_heads", "head_dim"), std, c.param_dtype)
-        wv = weight(self, "wv", (d, hk, k), ("embed", "kv_heads", "head_dim"), std, c.param_dtype)
+        wq = linear(self, "wq", (d, h, k), ("embed", "heads", "head_dim"), std, c.param_dtype)
+        wk = linear(self, "wk", (d, hk, k), ("embed", "kv_heads", "head_dim"), std, c.param_dtype)
+        wv = linear(self, "wv", (d, hk, k), ("embed", "kv_heads", "head_dim"), std, c.param_dtype)
         std = (h * k * 2 * c.layers) ** -0.5
-        wo = weight(self, "wo", (h, k, d), ("heads", "head_dim", "embed"), std, c.param_dtype)
-        project = lambda w: jnp.einsum("btd,dhk->bthk", x, w.astype(x.dtype))  # noqa: E731
-        q, key, v = project(wq), project(wk), project(wv)
+        wo = linear(self, "wo", (h, k, d), ("heads", "head_dim", "embed"), std, c.param_dtype, 2)
+        q, key, v = wq(x), wk(x), wv(x)
         if c.qk_norm:
             q = RMSNorm(c.norm_eps, c.param_dtype, name="q_norm")(q)
             key = RMSNorm(c.norm_eps, c.param_dtype, name="k_norm")(key)
-        q = apply_rope(q, positions, inv_freq)
-        key = apply_rope(key, positions, inv_freq)
+        factor = rope_factor(c.rope_scaling)
+        q = apply_rope(q, positions, inv_freq, factor)
+        key = apply_rope(key, positions, inv_freq, factor)
         q = constrain(q, "batch", "length", "act_heads", None)
         out = ATTENTION[c.attention](q, key, v, causal=True, segment_ids=segment_ids)
-        return jnp.einsum("bthk,hkd->btd", out, wo.astype(x.dtype))
+        return wo(out)
 
 
 class MLP(nn.Module):
@@ -79,12 +114,12 @@ class MLP(nn.Module):
     def __call__(self, x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
         c = self.config
         d, f = c.d_model, c.mlp
-        gate = weight(self, "w_gate", (d, f), ("embed", "mlp"), d**-0.5, c.param_dtype)
-        up = weight(self, "w_up", (d, f), ("embed", "mlp"), d**-0.5, c.param_dtype)
+        gate = linear(self, "w_gate", (d, f), ("embed", "mlp"), d**-0.5, c.param_dtype)
+        up = linear(self, "w_up", (d, f), ("embed", "mlp"), d**-0.5, c.param_dtype)
         std = (f * 2 * c.layers) ** -0.5
-        down = weight(self, "w_down", (f, d), ("mlp", "embed"), std, c.param_dtype)
-        hidden = jax.nn.silu(x @ gate.astype(x.dtype)) * (x @ up.astype(x.dtype))
-        return constrain(hidden, "batch", "length", "act_mlp") @ down.astype(x.dtype)
+        down = linear(self, "w_down", (f, d), ("mlp", "embed"), std, c.param_dtype)
+        hidden = jax.nn.silu(gate(x)) * up(x)
+        return down(constrain(hidden, "batch", "length", "act_mlp"))
 
 
 MIXERS: dict[str, type[nn.Module]] = {"attention": Attention}
