@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from jaxlab.rope import rope_frequencies
+from jaxlab.rope import LinearScaling, Llama3Scaling, YarnScaling, rope_frequencies
 from models.layers import ATTENTION, MIXERS, MLP, RMSNorm, weight
 from sharding.rules import constrain
 
@@ -39,6 +39,9 @@ class DecoderConfig:
     qk_norm: Annotated[bool, "RMSNorm on queries and keys (Qwen 3)"] = False
     tied: Annotated[bool, "share the input and output embedding"] = False
     rope_theta: Annotated[float, "base of the rotary frequencies"] = 10_000.0
+    rope_scaling: Annotated[
+        LinearScaling | Llama3Scaling | YarnScaling | None, "how positions are stretched"
+    ] = None
     norm_eps: Annotated[float, "epsilon of RMSNorm"] = 1e-6
     remat: Annotated[Literal["none", "full", "dots", "attention"], "what the backward keeps"] = (
         "none"
@@ -133,7 +136,7 @@ class Decoder(nn.Module):
         else:
             self.blocks = nn.scan(
                 block,
-                variable_axes={"params": 0},
+                variable_axes={"params": 0, "lora": 0},
                 split_rngs={"params": True},
                 in_axes=(0, *(nn.broadcast,) * 3),  # pyright: ignore[reportArgumentType]
                 length=self.depth,
@@ -183,7 +186,7 @@ class Decoder(nn.Module):
         With states, segment 0 is padding and any other id a token; see models.layers.
         """
         c = self.config
-        inv_freq = jnp.asarray(rope_frequencies(c.head_dim, c.rope_theta))
+        inv_freq = jnp.asarray(rope_frequencies(c.head_dim, c.rope_theta, c.rope_scaling))
         x = self.embedding.astype(c.dtype)[tokens]
         if self.unrolled:
             after = []
