@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxlab.rope import YarnScaling
 from jaxlab.sampling import GREEDY, Sampling
 from models.decoder import DecoderConfig, unroll
 from models.generate import decode, generate, prefill
@@ -18,8 +19,15 @@ from train.state import init_params, logical_axes
 
 BASE = dict(vocab=61, layers=2, d_model=32, head_dim=8, mlp=48)
 MODELS = {
-    "mha": DecoderConfig(**BASE, heads=4, kv_heads=4),
-    "gqa4, qk-norm, tied": DecoderConfig(**BASE, heads=4, kv_heads=1, qk_norm=True, tied=True),
+    "mha, remat": DecoderConfig(**BASE, heads=4, kv_heads=4, remat="full"),
+    "gqa4, qk-norm, tied, yarn": DecoderConfig(
+        **BASE,
+        heads=4,
+        kv_heads=1,
+        qk_norm=True,
+        tied=True,
+        rope_scaling=YarnScaling(factor=4.0, original_max_position_embeddings=8),
+    ),
     "gqa2, two to a block, blockwise": DecoderConfig(
         **BASE, heads=8, kv_heads=4, pattern=("attention", "attention"), attention="blockwise"
     ),
@@ -72,7 +80,7 @@ def full_forward(config, row):
 
 @pytest.mark.parametrize(
     "config, unrolled",
-    [(c, False) for c in MODELS.values()] + [(MODELS["gqa4, qk-norm, tied"], True)],
+    [(c, False) for c in MODELS.values()] + [(MODELS["gqa4, qk-norm, tied, yarn"], True)],
     ids=[*MODELS, "unrolled"],
 )
 def test_pieces_of_any_length_give_the_logits_of_the_whole(config, unrolled):
@@ -116,7 +124,7 @@ def test_numbers_are_those_of_a_full_forward_pass(config):
 
 
 def test_greedy_is_the_argmax_of_full_forward_passes():
-    config = MODELS["gqa4, qk-norm, tied"]
+    config = MODELS["gqa4, qk-norm, tied, yarn"]
     tokens, lengths = prompts(config)
     out = run(config, tokens, lengths, jax.random.key(0), new=6, sampling=GREEDY)
     for i, length in enumerate(lengths):
@@ -127,7 +135,7 @@ def test_greedy_is_the_argmax_of_full_forward_passes():
 
 
 def test_ragged_batch_equals_each_prompt_alone():
-    config = MODELS["gqa4, qk-norm, tied"]
+    config = MODELS["gqa4, qk-norm, tied, yarn"]
     tokens, lengths = prompts(config)
     key = jax.random.key(11)
     out = run(config, tokens, lengths, key, new=8, samples=2)
@@ -139,7 +147,7 @@ def test_ragged_batch_equals_each_prompt_alone():
 
 
 def test_samples_equal_repeated_prompts():
-    config = MODELS["gqa4, qk-norm, tied"]
+    config = MODELS["gqa4, qk-norm, tied, yarn"]
     tokens, lengths = prompts(config)
     key = jax.random.key(2)
     out = run(config, tokens, lengths, key, new=8, samples=3)
@@ -153,7 +161,7 @@ def test_samples_equal_repeated_prompts():
 
 def test_the_prompts_are_read_once_whatever_the_samples():
     """No product over the prompt's length has as many rows as there are samples."""
-    config = MODELS["mha"]
+    config = MODELS["mha, remat"]
     module, params = model(config)
     tokens, lengths = prompts(config)
     call = functools.partial(prefill, module, room=20, samples=5)
@@ -162,7 +170,7 @@ def test_the_prompts_are_read_once_whatever_the_samples():
 
 
 def test_stop_tokens_end_rows_one_by_one():
-    config = MODELS["mha"]
+    config = MODELS["mha, remat"]
     tokens, lengths = prompts(config)
     key = jax.random.key(4)
     free = np.asarray(run(config, tokens, lengths, key, new=16, samples=2).tokens)
@@ -179,7 +187,7 @@ def test_stop_tokens_end_rows_one_by_one():
 
 
 def test_the_loop_ends_when_all_rows_have():
-    config = MODELS["mha"]
+    config = MODELS["mha, remat"]
     tokens, lengths = prompts(config)
     module, params = model(config)
 
@@ -247,7 +255,7 @@ def test_a_mesh_changes_no_token(shape, unrolled):
 
 
 def test_a_second_call_compiles_nothing():
-    config = MODELS["mha"]
+    config = MODELS["mha, remat"]
     module, params = model(config)
     traces = []
 
@@ -290,7 +298,7 @@ def test_bfloat16_state_and_numbers():
     ],
 )
 def test_arguments_that_do_not_fit_are_named(change, message):
-    config = MODELS["mha"]
+    config = MODELS["mha, remat"]
     tokens, lengths = prompts(config)
     arguments = dict(prompts=tokens, lengths=lengths, key=jax.random.key(0), new=2) | change
     with pytest.raises(ValueError, match=message):
