@@ -15,6 +15,7 @@ import functools
 import json
 import os
 import platform
+import statistics
 import sys
 import tempfile
 import time
@@ -121,16 +122,21 @@ def measure_batch(options, sides: dict, batch: int) -> dict:
         expected = expected or found
         if found != expected:
             raise ValueError(f"{name} makes other tokens than the first side, batch {batch}")
-        rows[name] = {"decode": [], "whole": []}
+        rows[name] = {"first": [], "whole": []}
     for _ in range(options.repeats):
         for name, side in sides.items():
             if "error" not in rows[name]:
-                first, whole = side.time(prompts, 1), side.time(prompts, options.new + 1)
-                rows[name]["decode"].append(whole - first)
-                rows[name]["whole"].append(whole)
+                rows[name]["first"].append(side.time(prompts, 1))
+                rows[name]["whole"].append(side.time(prompts, options.new + 1))
     for row in rows.values():
         if "error" not in row:
-            row |= {"decode": spread(row["decode"]), "whole": spread(row["whole"])}
+            first, whole = (row[kind] for kind in ("first", "whole"))
+            # Of medians and of least times, as single differences can be negative on a busy machine.
+            row["decode"] = {
+                "median_s": statistics.median(whole) - statistics.median(first),
+                "min_s": min(whole) - min(first),
+            }
+            row |= {"first": spread(first), "whole": spread(whole)}
             row["tokens_per_second"] = batch * options.new / row["decode"]["median_s"]
     best = rows["unrolled"]["decode"]
     for row in rows.values():
@@ -157,6 +163,7 @@ def measure(options) -> dict:
             "device": jax.devices()[0].device_kind,
         },
         "load_before": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
+        "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY"),
         "python": platform.python_version(),
         "jax": jax.__version__,
     }
@@ -174,7 +181,7 @@ def markdown(r: dict) -> str:
     if peer := r.get("peer"):
         versions += (
             f"; transformers {peer['transformers']}, PyTorch {peer['torch']} on Python "
-            f"{peer['python']}, {peer['threads']} threads"
+            f"{peer['python']}, {peer['threads']} threads, OMP_WAIT_POLICY {r['omp_wait_policy']}"
         )
     lines = [
         f"# Decoding, {r['date']}",
@@ -184,7 +191,7 @@ def markdown(r: dict) -> str:
         f"{r['hardware']['cpu']}, {r['hardware']['cores']} cores, {r['hardware']['device']}; load "
         f"average at the start {r['load_before']}. {versions}.",
         "",
-        "| batch | side | ms a step, median (min to max) | tokens/s | unrolled / this, by medians "
+        "| batch | side | ms a step, by medians (by least) | tokens/s | unrolled / this, by medians "
         "(by least) |",
         "|---|---|---|---|---|",
     ]
@@ -193,11 +200,9 @@ def markdown(r: dict) -> str:
             if "error" in row:
                 lines.append(f"| {batch} | {name} | does not run: {row['error']} | | |")
                 continue
-            median, least, most = (
-                1e3 * row["decode"][key] / r["new"] for key in ("median_s", "min_s", "max_s")
-            )
+            median, least = (1e3 * row["decode"][key] / r["new"] for key in ("median_s", "min_s"))
             lines.append(
-                f"| {batch} | {name} | {median:.1f} ({least:.1f} to {most:.1f}) | "
+                f"| {batch} | {name} | {median:.1f} ({least:.1f}) | "
                 f"{row['tokens_per_second']:,.1f} | {row['ours_over_this']:.2f}x "
                 f"({row['ours_over_this_least']:.2f}x) |"
             )
