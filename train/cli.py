@@ -76,9 +76,19 @@ def parser() -> argparse.ArgumentParser:
 
     sample = add("sample", "write text with a trained run")
     sample.add_argument("run", type=_folder, help="run directory")
-    sample.add_argument("--prompt", default="The ", help="text to continue")
-    sample.add_argument("--tokens", type=_positive, default=200, help="tokens to write")
+    sample.add_argument(
+        "--prompt", action="append", metavar="TEXT",
+        help="text to continue, default 'The '; may be repeated; -: every line of the input",
+    )  # fmt: skip
+    sample.add_argument("--tokens", type=_positive, default=200, help="tokens to write, at most")
+    sample.add_argument("--n", type=_positive, default=1, help="continuations of each prompt")
     sample.add_argument("--temperature", type=_not_negative, default=0.8, help="0: greedy")
+    sample.add_argument("--top-k", type=_positive, help="draw from the K most probable tokens")
+    sample.add_argument("--top-p", type=float, help="from the fewest of together probability P")
+    sample.add_argument("--min-p", type=float, help="from those P times as probable as the best")
+    sample.add_argument(
+        "--stop", action="append", default=[], metavar="TEXT", help="end there; may be repeated"
+    )
     sample.add_argument("--seed", type=int, default=0, help="random seed")
     sample.add_argument("--step", type=int, help="checkpoint step (default: newest)")
 
@@ -348,15 +358,34 @@ def evaluate(args: argparse.Namespace, presets: Mapping[str, Preset]) -> int:
 
 def sample(args: argparse.Namespace, presets: Mapping[str, Preset]) -> int:
     """`jaxlab sample`."""
+    from jaxlab.sampling import Sampling
+
+    prompts = [
+        text
+        for given in args.prompt or ["The "]
+        for text in (sys.stdin.read().splitlines() if given == "-" else [given])
+    ]
+    if not prompts:
+        raise ValueError("--prompt -: the input has no lines")
+    if "" in args.stop:
+        raise ValueError("--stop '' must not be empty")
+    sampling = Sampling(args.temperature, args.top_k, args.top_p, args.min_p).check()
     import jax
 
-    from train.evaluate import Sample, Scene
+    from models.decoder import unroll
+    from train.data.tokenizers import load_tokenizer
+    from train.report import print_rows
+    from train.writer import Writer
 
-    run, program, params, step = _open_run(args.run, [], args.step)
+    run, program, params, _ = _open_run(args.run, [], args.step)
+    module = run.model.build(program.mesh.devices.flat[0].platform)
     with jax.set_mesh(program.mesh):
-        scene = Scene(dataclasses.replace(run, seed=args.seed), program.apply, program.mesh, (0, 1))
-        evaluator = Sample(args.prompt, args.tokens, args.temperature)
-        print(evaluator.make(scene)(params, step)["sample"])
+        module, params = unroll(module, params)
+        writer = Writer(
+            module, load_tokenizer(run.source.tokenizer), prompts, tokens=args.tokens,
+            samples=args.n, sampling=sampling, stop=args.stop, piece=8,
+        )  # fmt: skip
+        print_rows(prompts, args.n, writer.write(params, jax.random.key(args.seed)))
     return OK
 
 

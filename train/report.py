@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -143,3 +144,27 @@ def summary(run: Run, folder: Path, config: str, outcome: Any, seconds: float) -
         "  jaxlab list",
     ]
     return "\n".join(lines)
+
+
+def print_rows(prompts: Sequence[str], samples: int, made: Iterable[tuple[int, str, bool]]) -> None:
+    """Prints continuations one after the other, each as it is made, with titles if there are several."""
+    several = len(prompts) * samples > 1
+    waiting: dict[int, str] = {}
+    complete: set[int] = set()
+    row = 0
+
+    def title() -> str:
+        prompt, sample = divmod(row, samples)
+        line = f"--- prompt {prompt + 1}, sample {sample + 1} ---\n" if several else ""
+        return line + prompts[prompt]
+
+    print(title(), end="", flush=True)
+    for i, text, ended in made:
+        waiting[i] = waiting.get(i, "") + text
+        complete |= {i} if ended else set()
+        print(waiting.pop(row, ""), end="", flush=True)
+        while row in complete:
+            row += 1
+            print()
+            if row < len(prompts) * samples:
+                print(title() + waiting.pop(row, ""), end="", flush=True)

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 from sharding.mesh import MeshShape
 from train.optimizer import Optimizer
 
-ROOMS = ("models", "train", "sharding")
+ROOMS = ("jaxlab", "models", "train", "sharding")
 
 
 @dataclasses.dataclass(frozen=True)
