@@ -6,7 +6,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxlab.attention import blockwise_attention, dense_attention
+from jaxlab import sampling
+from jaxlab.attention import blockwise_attention, cached_attention, dense_attention
 from jaxlab.rope import apply_rope, rope_frequencies
 from jaxlab.tiled import tiled_cross_entropy, tiled_mlp, token_log_probs
 
@@ -30,6 +31,20 @@ def _qkv(key, dtype):
     return q, k, v, jnp.array([[1, 1, 1, 2, 2]] * 2)
 
 
+def _cache(key, dtype):
+    q, k, v = _normal(key, dtype, (2, 1, 4, 8), (2, 2, 5, 8), (2, 2, 5, 8))
+    return q, k, v, jnp.array([[3], [2]]), jnp.array([[0, 1, 2, 3, 9]] * 2)
+
+
+def _logits(key, dtype):
+    return _normal(key, dtype, (3, 7))
+
+
+def _kept(filtered):
+    """What a filter keeps, and 0 elsewhere, so that sums are finite."""
+    return jnp.where(filtered > -jnp.inf, filtered, 0)
+
+
 def _head(key, dtype):
     return *_normal(key, dtype, (2, 6, 8), (8, 11)), jnp.array([[3, 1, -1, 10, 0, 2]] * 2)
 
@@ -41,6 +56,22 @@ CASES: dict[str, Case] = {
     "jaxlab.attention.blockwise_attention": Case(
         lambda q, k, v, s: blockwise_attention(q, k, v, segment_ids=s, block_q=2, block_k=3), _qkv
     ),
+    "jaxlab.attention.cached_attention": Case(cached_attention, _cache),
+    "jaxlab.sampling.keep_top_k": Case(lambda z: _kept(sampling.keep_top_k(z, 3)), _logits),
+    "jaxlab.sampling.keep_top_p": Case(lambda z: _kept(sampling.keep_top_p(z, 0.7)), _logits),
+    "jaxlab.sampling.keep_min_p": Case(lambda z: _kept(sampling.keep_min_p(z, 0.2)), _logits),
+    "jaxlab.sampling.keep_best": Case(lambda z: _kept(sampling.keep_best(z)), _logits),
+    "jaxlab.sampling.sampling_logits": Case(
+        lambda z: _kept(sampling.sampling_logits(z, sampling.Sampling(0.5, 4, 0.9, 0.1))),
+        _logits,
+        out="wide",
+    ),
+    "jaxlab.sampling.draw": Case(
+        lambda z: sampling.draw(jax.random.split(jax.random.key(1), 3), z, sampling.PLAIN),
+        _logits,
+        out="wide",
+    ),
+    "jaxlab.sampling.entropy": Case(lambda z: sampling.entropy(jax.nn.log_softmax(z)), _logits),
     "jaxlab.rope.apply_rope": Case(
         lambda x, p: apply_rope(x, p, jnp.asarray(rope_frequencies(8, 1e4))),
         lambda key, dtype: (*_normal(key, dtype, (2, 5, 4, 8)), jnp.array([[0, 1, 2, 0, 1]] * 2)),
@@ -60,6 +91,7 @@ CASES: dict[str, Case] = {
 # Public functions that are no methods on arrays, and why.
 EXEMPT: dict[str, str] = {
     "jaxlab.rope.rope_frequencies": "static numbers, tested in test_rope.py",
+    "jaxlab.rope.rope_factor": "a static number, tested in test_rope.py",
     "jaxlab.rope.yarn_attention_factor": "a static number, tested in test_rope.py",
 }
 
