@@ -135,7 +135,8 @@ class Checkpoints:
         """The newest step that reads and verifies (or exactly `step`), placed as `abstract` asks.
 
         `abstract` gives shape, type and sharding of every leaf; another mesh or floating type than
-        at saving is fine. Newer steps that are damaged are set aside once an older one is found to be
+        at saving is fine. Of a checkpoint saved as a dict of some of its fields (`parts` in the
+        metadata) that dict comes back. Newer steps that are damaged are set aside once an older one is found to be
         good. ValueError when the checkpoint is of another model, FileNotFoundError when no step is
         usable; both change nothing.
         """
@@ -158,6 +159,8 @@ class Checkpoints:
 
     def _read(self, abstract: Any, step: int) -> tuple[Any, dict[str, Any]]:
         meta, tree = self.meta(step), self.shapes(step)
+        if meta.get("parts"):
+            abstract = {name: getattr(abstract, name) for name in meta["parts"]}
         saved = dict(zip(_paths(tree), jax.tree.leaves(tree), strict=True))
         names, leaves = _paths(abstract), jax.tree.leaves(abstract)
         if sorted(saved) != sorted(meta["fingerprint"]):

@@ -288,7 +288,7 @@ def _open_run(folder: Path, assignments: list[str], step: int | None):
     if step is not None and step not in checkpoints.steps():
         raise ValueError(f"--step {step}: {folder} has checkpoints of steps {checkpoints.steps()}")
     program = trainer.build(run)
-    got = checkpoints.restore(program.state, step)
+    got = trainer.restore(program, checkpoints, step)
     for at, why in got.rejected.items():
         print(f"jaxlab: checkpoint step {at} passed over: {why}", file=sys.stderr)
     checkpoints.close()
