@@ -6,7 +6,6 @@ then owns: the host holds the model once. Writing, one file of bounded size is h
 
 import json
 import math
-import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -235,7 +234,7 @@ def save(
 
 def refuse_occupied(folder: Path) -> None:
     """ValueError when `folder` is a file, or a folder with something in it."""
-    if folder.exists() and (not folder.is_dir() or any(os.scandir(folder))):
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{folder} is not empty: give another folder, nothing was touched")
 
 
