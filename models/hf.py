@@ -22,7 +22,7 @@ DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 INDEX = "model.safetensors.index.json"
 
 
-def safetensors():
+def safetensors() -> Any:
     """The library; ImportError that says how to install it."""
     try:
         import safetensors as library
@@ -90,7 +90,9 @@ class Directory:
                 problems.append(f"{name} has type {dtype}, supported are {list(DTYPES)}")
         if problems:
             lines = "\n  ".join(problems)
-            raise ValueError(f"{self.folder} does not hold the model of its config.json:\n  {lines}")
+            raise ValueError(
+                f"{self.folder} does not hold the model of its config.json:\n  {lines}"
+            )
 
     @property
     def dtype(self) -> str:

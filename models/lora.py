@@ -93,7 +93,7 @@ class LoraModule(NamedTuple):
 
     def init(self, key: jax.Array, *args, **kwargs) -> dict[str, Any]:
         """{"params": {"base", "lora"}}, boxed with logical axis names as Flax's are."""
-        base = self.base.init(key, *args, **kwargs)["params"]
+        base: Any = self.base.init(key, *args, **kwargs)["params"]
         return {"params": {"base": base, "lora": self.adapters(jax.random.fold_in(key, 1), base)}}
 
     def adapters(self, key: jax.Array, boxed: dict[str, Any]) -> dict[str, Any]:

@@ -29,7 +29,10 @@ SMALL = DecoderConfig(
 )
 
 
-def place(directory, dtype=None, shape=MeshShape(data=1)):
+ONE = MeshShape(data=1)
+
+
+def place(directory, dtype=None, shape=ONE):
     """Parameters on the first devices of a mesh of `shape`."""
     config = dataclasses.replace(directory.config, param_dtype=dtype or directory.dtype)
     module = config.build("cpu")

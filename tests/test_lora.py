@@ -71,9 +71,7 @@ def test_merge_is_w_plus_scaled_ab(axes, rank, alpha, seed):
     delta = np.stack(
         [
             x @ y * alpha / rank
-            for x, y in zip(
-                a.reshape(groups, rows, rank), b.reshape(groups, rank, -1), strict=True
-            )
+            for x, y in zip(a.reshape(groups, rows, rank), b.reshape(groups, rank, -1), strict=True)
         ]
     )
     merged = lora_merge(params, lora, alpha=alpha)

@@ -98,7 +98,9 @@ def parser() -> argparse.ArgumentParser:
     export.add_argument("format", choices=["hf"], help="a Hugging Face directory")
     export.add_argument("checkpoint", type=Path, help="run directory, or checkpoints/STEP in it")
     export.add_argument("folder", type=Path, help="folder to write")
-    export.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="of the weights")
+    export.add_argument(
+        "--dtype", choices=["float32", "bfloat16", "float16"], help="of the weights"
+    )
     export.add_argument("--merge", action="store_true", help="of a LoRA run: the whole model")
 
     add("list", "list the configurations")

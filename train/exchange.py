@@ -110,7 +110,10 @@ def _params(program: Program, directory: hf.Directory, held: dict[str, Any] | No
     placed = jax.tree.map(lambda a: a.sharding, abstract["lora"])
     if held is not None:
         cast = lambda x, a: x.astype(a.dtype)  # noqa: E731
-        return {"base": base, "lora": jax.device_put(jax.tree.map(cast, held, abstract["lora"]), placed)}
+        return {
+            "base": base,
+            "lora": jax.device_put(jax.tree.map(cast, held, abstract["lora"]), placed),
+        }
     return {"base": base, "lora": _fresh(module, program, placed)}
 
 

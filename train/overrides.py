@@ -33,7 +33,9 @@ def _set(node: Any, keys: list[str], text: str, path: str) -> Any:
         items[int(key)] = _set(items[int(key)], rest, text, path)
         return tuple(items)
     if node is None:
-        raise ValueError(f"{path}: the group is none, set it first (its types: jaxlab ... --fields)")
+        raise ValueError(
+            f"{path}: the group is none, set it first (its types: jaxlab ... --fields)"
+        )
     if not dataclasses.is_dataclass(node) or isinstance(node, type):
         raise ValueError(f"{path}: {type(node).__name__} has no field {key!r}")
     fields = [f.name for f in dataclasses.fields(node)]
@@ -51,7 +53,7 @@ def _set(node: Any, keys: list[str], text: str, path: str) -> Any:
     return dataclasses.replace(node, **{key: parse(text, hint, path)})
 
 
-def _choices(hint: Any) -> list[type]:
+def _choices(hint: Any) -> list[Any]:
     """The dataclasses that a field of a union type may hold."""
     if typing.get_origin(hint) is typing.Annotated:
         hint = typing.get_args(hint)[0]
@@ -134,10 +136,12 @@ def describe(hint: Any) -> str:
     if origin is tuple:
         return f"list of {describe(args[0])}, comma-separated" if args else "list"
     return {
-        int: "an integer", float: "a number", bool: "true|false", str: "text", type(None): "none"
-    }.get(
-        hint, getattr(hint, "__name__", str(hint))
-    )
+        int: "an integer",
+        float: "a number",
+        bool: "true|false",
+        str: "text",
+        type(None): "none",
+    }.get(hint, getattr(hint, "__name__", str(hint)))
 
 
 def field_help(config: Any, prefix: str = "") -> list[tuple[str, str, str, str]]:

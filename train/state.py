@@ -51,9 +51,7 @@ def first_state(params, tx, ema: float, freeze: str) -> TrainState:
     return TrainState(zero(), params, tx.init(split(params, freeze)[0]), average, zero(), zero())
 
 
-def abstract_state(
-    module, tx, ema: float, freeze: str, batch, mesh: Mesh
-) -> TrainState:
+def abstract_state(module, tx, ema: float, freeze: str, batch, mesh: Mesh) -> TrainState:
     """Shapes, types and shardings of the state. Call it before entering a compile-only mesh."""
     axes = logical_axes(module, batch)
 
@@ -146,7 +144,7 @@ def make_train_step(
 
         train, frozen = split(state.params, freeze)
         updates, opt = tx.update(grads, state.opt, train)
-        train = optax.apply_updates(train, updates)
+        train: Any = optax.apply_updates(train, updates)
         params, average = join(train, frozen), {}
         if ema:
             old = split(state.ema, freeze)[0]

@@ -143,7 +143,7 @@ def fit(
         stop = stack.enter_context(Stop())
 
         # ---- restore or initialise ----
-        start, state = 0, None
+        start, state = 0, None  # type: int, Any
         if checkpoints.steps():
             got = restore(program, checkpoints)
             state, start = got.state, got.step
