@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxlab import sampling
+from jaxlab import lora, sampling
 from jaxlab.attention import blockwise_attention, cached_attention, dense_attention
 from jaxlab.rope import apply_rope, rope_frequencies
 from jaxlab.tiled import tiled_cross_entropy, tiled_mlp, token_log_probs
@@ -45,6 +45,18 @@ def _kept(filtered):
     return jnp.where(filtered > -jnp.inf, filtered, 0)
 
 
+def _adapted(key, dtype):
+    """Parameters, and an adapter of a stack of two matrices 6 x (4 2)."""
+    w, a, b, x = _normal(key, dtype, (2, 6, 4, 2), (2, 6, 3), (2, 3, 4, 2), (5, 6))
+    return {"w": w, "bias": x}, {"w": {"a": a, "b": b}}
+
+
+def _adapter(key, dtype):
+    return _adapted(key, dtype)[0]["bias"], jax.tree.map(
+        lambda x: x[0], _adapted(key, dtype)[1]["w"]
+    )
+
+
 def _head(key, dtype):
     return *_normal(key, dtype, (2, 6, 8), (8, 11)), jnp.array([[3, 1, -1, 10, 0, 2]] * 2)
 
@@ -72,6 +84,23 @@ CASES: dict[str, Case] = {
         out="wide",
     ),
     "jaxlab.sampling.entropy": Case(lambda z: sampling.entropy(jax.nn.log_softmax(z)), _logits),
+    "jaxlab.lora.lora_delta": Case(
+        lambda _, adapter: lora.lora_delta(adapter), _adapter, out="wide"
+    ),
+    "jaxlab.lora.lora_product": Case(lora.lora_product, _adapter),
+    "jaxlab.lora.lora_scale": Case(lambda _, tree: lora.lora_scale(tree, alpha=8.0), _adapted),
+    "jaxlab.lora.lora_merge": Case(lambda p, tree: lora.lora_merge(p, tree, alpha=8.0), _adapted),
+    "jaxlab.lora.lora_unmerge": Case(
+        lambda p, tree: lora.lora_unmerge(p, tree, alpha=8.0), _adapted
+    ),
+    "jaxlab.lora.lora_stack": Case(lambda _, tree: lora.lora_stack([tree, tree]), _adapted),
+    "jaxlab.lora.lora_init": Case(
+        lambda w: lora.lora_init(
+            jax.random.key(0), {"w": w}, rank=2, target=lambda *_: True, init="normal"
+        ),
+        lambda key, dtype: _normal(key, dtype, (6, 4)),
+        grad=False,
+    ),
     "jaxlab.rope.apply_rope": Case(
         lambda x, p: apply_rope(x, p, jnp.asarray(rope_frequencies(8, 1e4))),
         lambda key, dtype: (*_normal(key, dtype, (2, 5, 4, 8)), jnp.array([[0, 1, 2, 0, 1]] * 2)),
@@ -91,6 +120,10 @@ CASES: dict[str, Case] = {
 # Public functions that are no methods on arrays, and why.
 EXEMPT: dict[str, str] = {
     "jaxlab.rope.rope_frequencies": "static numbers, tested in test_rope.py",
+    "jaxlab.lora.lora_num_params": "a static number, tested in test_lora.py",
+    "jaxlab.lora.pairs": "walks a tree, computes nothing",
+    "jaxlab.lora.flatten": "walks a tree, computes nothing",
+    "jaxlab.lora.unflatten": "walks a tree, computes nothing",
     "jaxlab.rope.rope_factor": "a static number, tested in test_rope.py",
     "jaxlab.rope.yarn_attention_factor": "a static number, tested in test_rope.py",
 }

@@ -27,13 +27,24 @@ def fingerprint(tree: Any) -> UInt32[Array, "leaves"]:
     """One checksum a leaf: sum over elements i of bits_i * (2 i + 1), modulo 2^32.
 
     Integer sums are exact in any order, so the value does not depend on the mesh; 2 i + 1 is odd, so
-    every single flipped bit changes it.
+    every single flipped bit changes it. Stacked layers are summed one by one: the 32-bit copy of one
+    is all the memory it takes.
     """
 
     def one(x: jax.Array) -> jax.Array:
+        if x.ndim < 3:
+            return part(x, jnp.uint32(0))
+        bits = jax.lax.bitcast_convert_type(x[:1], f"uint{min(x.dtype.itemsize * 8, 32)}")
+        starts = jnp.arange(x.shape[0], dtype=jnp.uint32) * np.uint32(bits.size % 2**32)
+        add = lambda total, row: (total + part(*row), None)  # noqa: E731
+        return jax.lax.scan(add, jnp.uint32(0), (x, starts))[0]
+
+    def part(x: jax.Array, start: jax.Array) -> jax.Array:
         width = x.dtype.itemsize * 8
+        # The barrier keeps the widening inside the loop over layers.
+        x = jax.lax.optimization_barrier(x)
         bits = jax.lax.bitcast_convert_type(x, f"uint{min(width, 32)}").astype(jnp.uint32)
-        index, stride = jnp.zeros(bits.shape, jnp.uint32), 1
+        index, stride = jnp.full(bits.shape, start, jnp.uint32), 1
         for axis in reversed(range(bits.ndim)):
             place = jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis)
             index, stride = index + place * np.uint32(stride % 2**32), stride * bits.shape[axis]
@@ -139,9 +150,10 @@ class Checkpoints:
         """The newest step that reads and verifies (or exactly `step`), placed as `abstract` asks.
 
         `abstract` gives shape, type and sharding of every leaf; another mesh or floating type than
-        at saving is fine. Newer steps that are damaged are set aside once an older one is found to be
-        good. ValueError when the checkpoint is of another model, FileNotFoundError when no step is
-        usable; both change nothing.
+        at saving is fine. Of a checkpoint saved as a dict of some of its fields (`parts` in the
+        metadata) that dict comes back. Newer steps that are damaged are set aside once an older one
+        is found to be good. ValueError when the checkpoint is of another model,
+        FileNotFoundError when no step is usable; both change nothing.
         """
         rejected: dict[int, str] = {}
         for candidate in [step] if step is not None else reversed(self.steps()):
@@ -162,6 +174,8 @@ class Checkpoints:
 
     def _read(self, abstract: Any, step: int) -> tuple[Any, dict[str, Any]]:
         meta, tree = self.meta(step), self.shapes(step)
+        if meta.get("parts"):
+            abstract = {name: getattr(abstract, name) for name in meta["parts"]}
         saved = dict(zip(_paths(tree), jax.tree.leaves(tree), strict=True))
         names, leaves = _paths(abstract), jax.tree.leaves(abstract)
         if sorted(saved) != sorted(meta["fingerprint"]):
