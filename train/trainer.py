@@ -143,7 +143,8 @@ def fit(
         stop = stack.enter_context(Stop())
 
         # ---- restore or initialise ----
-        start, state = 0, None  # type: int, Any
+        start = 0
+        state: Any = None
         if checkpoints.steps():
             got = restore(program, checkpoints)
             state, start = got.state, got.step
