@@ -22,35 +22,38 @@ for noisy in ("absl", "orbax", "asyncio"):
     logging.getLogger(noisy).setLevel(logging.CRITICAL)
 
 
-@jax.jit
 def fingerprint(tree: Any) -> UInt32[Array, "leaves"]:
     """One checksum a leaf: sum over elements i of bits_i * (2 i + 1), modulo 2^32.
 
     Integer sums are exact in any order, so the value does not depend on the mesh; 2 i + 1 is odd, so
-    every single flipped bit changes it. Stacked layers are summed one by one: the 32-bit copy of one
-    is all the memory it takes.
+    every single flipped bit changes it. Stacks of layers are summed layer by layer: the 32-bit copy
+    of one is all the memory it takes.
     """
 
     def one(x: jax.Array) -> jax.Array:
         if x.ndim < 3:
-            return part(x, jnp.uint32(0))
-        bits = jax.lax.bitcast_convert_type(x[:1], f"uint{min(x.dtype.itemsize * 8, 32)}")
-        starts = jnp.arange(x.shape[0], dtype=jnp.uint32) * np.uint32(bits.size % 2**32)
-        add = lambda total, row: (total + part(*row), None)  # noqa: E731
-        return jax.lax.scan(add, jnp.uint32(0), (x, starts))[0]
-
-    def part(x: jax.Array, start: jax.Array) -> jax.Array:
-        width = x.dtype.itemsize * 8
-        # The barrier keeps the widening inside the loop over layers.
-        x = jax.lax.optimization_barrier(x)
-        bits = jax.lax.bitcast_convert_type(x, f"uint{min(width, 32)}").astype(jnp.uint32)
-        index, stride = jnp.full(bits.shape, start, jnp.uint32), 1
-        for axis in reversed(range(bits.ndim)):
-            place = jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis)
-            index, stride = index + place * np.uint32(stride % 2**32), stride * bits.shape[axis]
-        return jnp.sum(bits * (2 * index + 1), dtype=jnp.uint32)
+            return _checksum(x, np.uint32(0))
+        size = math.prod(x.shape[1:])
+        starts = [np.uint32(i * size % 2**32) for i in range(x.shape[0])]
+        return jnp.stack([_checksum(x, start, i) for i, start in enumerate(starts)]).sum(
+            dtype=jnp.uint32
+        )
 
     return jnp.stack([one(x) for x in jax.tree.leaves(tree)])
+
+
+@jax.jit
+def _checksum(x: jax.Array, start: jax.Array, layer: jax.Array | None = None) -> jax.Array:
+    """The sum over x, or over one layer of it, whose first element has the index `start`."""
+    if layer is not None:
+        x = jax.lax.dynamic_index_in_dim(x, layer, keepdims=False)
+    width = x.dtype.itemsize * 8
+    bits = jax.lax.bitcast_convert_type(x, f"uint{min(width, 32)}").astype(jnp.uint32)
+    index, stride = jnp.full(bits.shape, start, jnp.uint32), 1
+    for axis in reversed(range(bits.ndim)):
+        place = jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis)
+        index, stride = index + place * np.uint32(stride % 2**32), stride * bits.shape[axis]
+    return jnp.sum(bits * (2 * index + 1), dtype=jnp.uint32)
 
 
 def state_bytes(abstract: Any) -> int:
