@@ -20,7 +20,7 @@ test: $(VENV)/ready-dev
 	$(BIN)/python -m pytest -n $(WORKERS) -m "not slow and not peers"
 
 test-slow: $(VENV)/ready-aot
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -n $(WORKERS) -m slow
 
 # PyTorch's libraries live in an environment of their own; `make test` needs none of them.
 test-peers: $(PEERS)/ready

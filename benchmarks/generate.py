@@ -149,8 +149,8 @@ def measure_batch(options, sides: dict, batch: int) -> dict:
 def measure(options) -> dict:
     """Runs everything; the record that is written."""
     module = MODEL.build(jax.default_backend())
-    batch = {"tokens": jax.ShapeDtypeStruct((1, 8), jnp.int32)}
-    params = jax.jit(lambda: init_params(module, jax.random.key(0), batch))()
+    inputs = (jax.ShapeDtypeStruct((1, 8), jnp.int32),)
+    params = jax.jit(lambda: init_params(module, jax.random.key(0), inputs))()
     record = {
         "date": time.strftime("%Y-%m-%d"),
         "parameters": sum(x.size for x in jax.tree.leaves(params)),

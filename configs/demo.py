@@ -18,7 +18,7 @@ def run() -> Run:
         model=DecoderConfig(),
         objective=NextToken(),
         source=Text(),
-        evaluators=(HeldOut(), Bigram(), Sample()),
+        evaluators=(HeldOut(batches=0), Bigram(), Sample()),
         optimizer=Optimizer(name="muon", lr=0.01),
         steps=150,
         eval_every=50,

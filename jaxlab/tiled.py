@@ -137,18 +137,21 @@ def tiled_cross_entropy(
     n_tiles: int,
     z_loss: float = 0.0,
     softcap: float | None = None,
-) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    parts: bool = False,
+) -> tuple[Float[Array, ""], ...]:
     """(sum of -log p(label), number of labels counted); negative labels are ignored.
 
     Logits, softcap * tanh(h @ w / softcap) if `softcap` is given, exist for one tile of t / n_tiles
     tokens at a time, forward and backward (where they are recomputed; dw accumulates in float32).
     With n_tiles=1 they are kept for the backward pass instead: the plain computation.
-    `z_loss` adds z_loss * logsumexp^2 a counted token. Both results are float32 scalars, the loss
+    `z_loss` adds z_loss * logsumexp^2 a counted token; with `parts` a third result is the sum without
+    it. All results are float32 scalars, the loss
     float64 when h is; a label that is not below v makes the loss NaN, not silently wrong.
     ValueError unless n_tiles divides t and the shapes fit. Source: ALST; note on UPipe, section 9.3.
     """
     logp, lse = _checked_stats(h, w, labels, n_tiles, softcap)
     counted = labels >= 0
-    loss = z_loss * jnp.square(lse) - logp if z_loss else -logp
-    count = jnp.sum(counted, dtype=jnp.float32)
-    return jnp.sum(jnp.where(counted, loss, 0)), count
+    total = lambda x: jnp.sum(jnp.where(counted, x, 0))  # noqa: E731
+    count, nll = jnp.sum(counted, dtype=jnp.float32), total(-logp)
+    loss = nll + z_loss * total(jnp.square(lse)) if z_loss else nll
+    return (loss, count, nll) if parts else (loss, count)

@@ -41,8 +41,8 @@ every_model = pytest.mark.parametrize("config", MODELS.values(), ids=MODELS)
 @functools.lru_cache
 def model(config):
     module = config.build("cpu")
-    batch = {"tokens": jax.ShapeDtypeStruct((1, 4), jnp.int32)}
-    return module, quick_jit(lambda: init_params(module, jax.random.key(7), batch))()
+    inputs = (jax.ShapeDtypeStruct((1, 4), jnp.int32),)
+    return module, quick_jit(lambda: init_params(module, jax.random.key(7), inputs))()
 
 
 def prompts(config, seed=0, lengths=LENGTHS):
@@ -235,7 +235,7 @@ def test_a_mesh_changes_no_token(shape, unrolled):
     options = dict(new=6, samples=2, stop=(3, 4), sampling=Sampling(1.1, top_p=0.9))
     expected = run(config, tokens, lengths, jax.random.key(8), **options)
     mesh = make_mesh(shape)
-    axes = logical_axes(module, {"tokens": jax.ShapeDtypeStruct((1, 4), jnp.int32)})
+    axes = logical_axes(module, (jax.ShapeDtypeStruct((1, 4), jnp.int32),))
     with jax.set_mesh(mesh):
         params = jax.device_put(params, shardings(axes, mesh))
 

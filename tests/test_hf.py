@@ -37,9 +37,7 @@ def place(directory, dtype=None, shape=ONE):
     config = dataclasses.replace(directory.config, param_dtype=dtype or directory.dtype)
     module = config.build("cpu")
     mesh = make_mesh(shape, jax.devices()[: shape.size])
-    placed = shardings(
-        logical_axes(module, {"tokens": jax.ShapeDtypeStruct((1, 4), jnp.int32)}), mesh
-    )
+    placed = shardings(logical_axes(module, (jax.ShapeDtypeStruct((1, 4), jnp.int32),)), mesh)
     shapes = jax.eval_shape(
         lambda: nn.unbox(module.init(jax.random.key(0), jnp.zeros((1, 4), jnp.int32)))["params"]
     )

@@ -163,14 +163,16 @@ def test_disk_that_fills_up_while_running(tmp_path, whole):
     assert_same(state_of(run), state_of(whole))
 
 
-def pair(folder, *args, log=None):
-    """Two processes of four devices each."""
+def pair(folder, *args, log=None, each=((), ())):
+    """Two processes of four devices each, with arguments for both and for `each`."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
     flags = ["--coordinator", address, "--processes", "2", "--process-id"]
-    logs = [log and f"{log}{i}" for i in range(2)]
-    return [start(folder, *args, *flags, str(i), devices=4, log=logs[i]) for i in range(2)]
+    return [
+        start(folder, *args, *each[i], *flags, str(i), devices=4, log=log and f"{log}{i}")
+        for i in range(2)
+    ]
 
 
 def rows_read(*logs) -> dict[tuple[int, int], str]:
@@ -201,6 +203,36 @@ def test_saved_by_two_processes_restored_by_one(tmp_path):
     np.testing.assert_allclose(
         series(read(one), "train", "loss")[1], series(read(two), "train", "loss")[1], atol=1e-5
     )
+
+
+@pytest.mark.multiprocess
+def test_what_is_wrong_on_one_process_ends_both_with_a_message(tmp_path):
+    folder = tmp_path / "run"
+    text = tmp_path / "text.txt"
+    text.write_text("words " * 200)
+    names = [(f"source.files={name}",) for name in (text, tmp_path / "missing.txt")]
+    both = pair(folder, "source.seq_len=16", each=names)
+    said = [finish(process, code=2) for process in both]
+    assert "another process of this run found something wrong" in said[0]
+    assert "nothing matches" in said[1] and not folder.exists()
+
+
+@pytest.mark.multiprocess
+@pytest.mark.parametrize("damage", ["truncate", "flip"])
+def test_two_processes_fall_back_together(tmp_path, damage):
+    folder = tmp_path / "run"
+    args = ["steps=20", "save_every=10", "mesh.data=2", "mesh.fsdp=4"]
+    for process in pair(folder, *args):
+        finish(process)
+    expected = state_of(folder, 20)
+    files = [p for p in (folder / "checkpoints" / "20" / "state").rglob("*") if p.is_file()]
+    largest = max(files, key=lambda p: p.stat().st_size)
+    data = bytearray(largest.read_bytes())
+    data[len(data) // 2] ^= 16
+    largest.write_bytes(data if damage == "flip" else data[: len(data) // 2])
+    said = [finish(process) for process in pair(folder, *args)]
+    assert any("step 20 set aside" in text for text in said)
+    assert_same(state_of(folder, 20), expected)
 
 
 @pytest.mark.multiprocess

@@ -13,14 +13,14 @@ import pytest
 
 from models.decoder import DecoderConfig
 from sharding.mesh import MeshShape, make_mesh
-from train import trainer
+from train import rundir, trainer
 from train.checkpoint import Checkpoints
 from train.data.text import Text
 from train.evaluate import HeldOut
 from train.feed import global_batch
 from train.metrics import read, series
 from train.objectives import NextToken
-from train.optimizer import Optimizer, learning_rate
+from train.optimizer import Optimizer, learning_rate, make_optimizer
 from train.run import Run, difference, from_json, load_run, to_json
 
 RUN = Run(
@@ -306,3 +306,113 @@ def test_compiled_size_does_not_depend_on_depth():
             return program.step.lower(program.state, program.batch).as_text()
 
     assert len(text(32)) < 1.05 * len(text(4))
+
+
+def test_two_runs_in_one_directory_and_a_fresh_start(tmp_path, devices):
+    devices(1)
+    run = dataclasses.replace(RUN, mesh=MeshShape(data=1), steps=2)
+    trainer.fit(run, tmp_path / "r", quiet=True)
+    before = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "r").iterdir()}
+    with rundir.claimed(tmp_path / "r", fresh=False):
+        for fresh in (False, True):
+            with pytest.raises(ValueError, match="is in use by process"):
+                trainer.fit(run, tmp_path / "r", fresh=fresh, quiet=True)
+    after = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "r").iterdir()}
+    before.pop("lock"), after.pop("lock")
+    assert before == after
+    # What is wrong is found out before the earlier run is moved.
+    bad = dataclasses.replace(run, source=Text(seq_len=32, files=("nowhere.txt",)))
+    with pytest.raises(FileNotFoundError, match=r"nowhere\.txt"):
+        trainer.fit(bad, tmp_path / "r", fresh=True, quiet=True)
+    assert [p.name for p in tmp_path.iterdir()] == ["r"]
+    other = dataclasses.replace(run, seed=1)
+    assert trainer.fit(other, tmp_path / "r", fresh=True, quiet=True).code == trainer.DONE
+    aside = next(p for p in tmp_path.iterdir() if p.name.startswith("r."))
+    assert load_run(aside).seed == 0 and load_run(tmp_path / "r").seed == 1
+    assert (aside / "checkpoints" / "2").is_dir()
+
+
+def test_a_refused_resumption_leaves_the_configuration(tmp_path, devices):
+    devices(1)
+    run = dataclasses.replace(RUN, mesh=MeshShape(data=1), steps=2)
+    trainer.fit(run, tmp_path / "r", quiet=True)
+    wide = dataclasses.replace(run, model=dataclasses.replace(run.model, mlp=128))
+    with pytest.raises(ValueError, match="of another model"):
+        trainer.fit(wide, tmp_path / "r", allow=("model.mlp",), quiet=True)
+    assert load_run(tmp_path / "r").model.mlp == 64
+    (tmp_path / "r" / "versions.json").write_text("[{")
+    assert trainer.fit(run, tmp_path / "r", quiet=True).code == trainer.DONE
+    (tmp_path / "r" / "config.json").unlink()
+    with pytest.raises(ValueError, match="has checkpoints but no config.json"):
+        trainer.fit(run, tmp_path / "r", quiet=True)
+
+
+def test_evaluations_take_nothing_from_the_training_record(tmp_path, devices):
+    devices(1)
+    run = dataclasses.replace(RUN, mesh=MeshShape(data=1), steps=8, log_every=4)
+    one = dataclasses.replace(run, log_every=1)
+    with_evaluations = dataclasses.replace(run, evaluators=(HeldOut(batches=1),), eval_every=3)
+    trainer.fit(one, tmp_path / "one", quiet=True)
+    trainer.fit(with_evaluations, tmp_path / "four", quiet=True)
+    each = np.array(losses(tmp_path / "one")).reshape(2, 4).mean(1)
+    np.testing.assert_allclose(losses(tmp_path / "four"), each, rtol=1e-3)
+
+
+def test_the_batch_of_a_divergence_is_the_one_of_its_step(tmp_path, devices):
+    devices(8)
+    rows = RUN.source.make(8, seed=0, split="train")
+    tokens = [set(rows.batch_at(i)["tokens"].ravel().tolist()) for i in range(9)]
+    step = next(i for i in range(2, 9) if tokens[i] - set().union(*tokens[:i]))
+    poison = min(tokens[step] - set().union(*tokens[:step]))
+    run = dataclasses.replace(
+        RUN, mesh=MeshShape(data=2, context=4), objective=Poisoned(poison=poison), max_bad_steps=1
+    )
+    out = trainer.fit(run, tmp_path / "r", quiet=True)
+    assert out.code == trainer.DIVERGED
+    saved = np.load(tmp_path / "r" / f"bad-batch-step{step + 1}-process0.npz")
+    for name, value in rows.batch_at(step).items():
+        np.testing.assert_array_equal(saved[name], value)
+
+
+def test_z_loss_is_minimised_and_not_reported(tmp_path, devices):
+    devices(1)
+    for z in (0.0, 0.5):
+        run = dataclasses.replace(
+            RUN, mesh=MeshShape(data=1), steps=1, objective=NextToken(z_loss=z)
+        )
+        trainer.fit(run, tmp_path / str(z), quiet=True)
+    assert losses(tmp_path / "0.0") == pytest.approx(losses(tmp_path / "0.5"), rel=1e-6)
+    assert series(read(tmp_path / "0.5"), "train", "z_loss")[1][0] > 1
+    norms = [series(read(tmp_path / z), "train", "grad_norm")[1][0] for z in ("0.0", "0.5")]
+    assert norms[1] > 1.1 * norms[0]
+
+
+def test_a_class_of_one_s_own_resumes(tmp_path, devices):
+    devices(1)
+    run = dataclasses.replace(RUN, mesh=MeshShape(data=1), steps=2, objective=Poisoned())
+    for _ in range(2):
+        assert trainer.fit(run, tmp_path / "r", quiet=True).code == trainer.DONE
+    assert load_run(tmp_path / "r").objective == Poisoned()
+
+
+def test_older_checkpoints_go_and_the_newest_stay(tmp_path, devices):
+    devices(1)
+    run = dataclasses.replace(RUN, mesh=MeshShape(data=1), steps=10, save_every=2, keep=2)
+    trainer.fit(run, tmp_path / "r", quiet=True)
+    assert Checkpoints(tmp_path / "r" / "checkpoints", read_only=True).steps() == [8, 10]
+    with pytest.raises(ValueError, match="keep=1 must be at least 2"):
+        dataclasses.replace(run, keep=1).check(1)
+
+
+@pytest.mark.parametrize("name", ["adamw", "sgd"])
+def test_weight_decay_and_clipping_are_what_they_say(name):
+    """One step by hand: the gradient clipped to norm 1, decay decoupled and of matrices only."""
+    config = Optimizer(name=name, lr=0.1, warmup=0, schedule="constant", weight_decay=0.5, clip=1.0)
+    params = {"w": jnp.full((2, 2), 3.0), "s": jnp.full(2, 3.0)}
+    grads = {"w": jnp.full((2, 2), 4.0), "s": jnp.full(2, 4.0)}
+    tx = make_optimizer(config, 10, {"w": ("embed", "mlp"), "s": ("norm",)})
+    updates, _ = tx.update(grads, tx.init(params), params)
+    clipped = 4.0 / np.sqrt(6 * 16)
+    step = 1.0 if name == "adamw" else clipped
+    np.testing.assert_allclose(updates["s"], -0.1 * step, rtol=1e-5)
+    np.testing.assert_allclose(updates["w"], -0.1 * (step + 0.5 * 3.0), rtol=1e-5)

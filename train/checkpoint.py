@@ -16,6 +16,8 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 from jaxtyping import Array, UInt32
 
+from train.processes import all_agree, all_or_none
+
 # What fails is raised here as well; their logs, from other threads, are tracebacks of it. Of a damaged
 # checkpoint Orbax reports the first bad array, asyncio would print all the others.
 for noisy in ("absl", "orbax", "asyncio"):
@@ -163,17 +165,23 @@ class Checkpoints:
             error, got = None, None
             try:
                 got = self._read(abstract, candidate)
-            except StructureError:
+            except (StructureError, PermissionError, MemoryError):
                 raise
             except Exception as caught:  # Orbax, TensorStore and JSON each raise their own
-                error = f"{type(caught).__name__}: {(str(caught).splitlines() or [''])[0][:200]}"
-            if _all_agree(error is None) and got is not None:
+                if "RESOURCE_EXHAUSTED" in str(caught):  # the machine's fault, not the checkpoint's
+                    raise
+                said = (str(caught).splitlines() or [type(caught).__name__])[0]
+                error = f"cannot be read: {said.split('. See full')[0][:160]}"
+            if all_agree(error is None) and got is not None:
                 if rejected and not self.read_only:
                     self._set_aside(list(rejected))
                 return Restored(got[0], candidate, got[1], rejected)
             rejected[candidate] = error or "unreadable on another process"
-        names = "; ".join(f"step {s}: {why}" for s, why in rejected.items())
-        raise FileNotFoundError(f"no usable checkpoint in {self.folder} ({names or 'it has none'})")
+        names = "; ".join(f"step {s} {why}" for s, why in rejected.items())
+        raise FileNotFoundError(
+            f"no usable checkpoint in {self.folder} ({names or 'it has none'}): nothing was changed; "
+            f"--fresh sets such a run aside and starts anew"
+        )
 
     def _read(self, abstract: Any, step: int) -> tuple[Any, dict[str, Any]]:
         meta, tree = self.meta(step), self.shapes(step)
@@ -202,7 +210,9 @@ class Checkpoints:
         ]
         as_saved = jax.tree.unflatten(jax.tree.structure(abstract), as_saved)
         args = ocp.args.Composite(state=ocp.args.StandardRestore(as_saved))
-        state = self.manager.restore(step, args=args)["state"]
+        # Checksums communicate: no process may be missing.
+        with all_or_none():
+            state = self.manager.restore(step, args=args)["state"]
         sums = np.asarray(fingerprint(state))
         bad = [n for n, s in zip(names, sums, strict=True) if meta["fingerprint"][n] != int(s)]
         if bad:
@@ -223,12 +233,6 @@ class Checkpoints:
         if self._manager is not None:
             with contextlib.closing(self._manager):
                 self._manager, _ = None, self._manager.wait_until_finished()
-
-
-def _all_agree(ok: bool) -> bool:
-    if jax.process_count() == 1:
-        return ok
-    return bool(np.all(multihost_utils.process_allgather(np.asarray(ok))))
 
 
 def check_space(folder: Path, state: int) -> None:

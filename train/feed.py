@@ -29,14 +29,20 @@ def abstract_batch(spec: dict[str, jax.ShapeDtypeStruct], mesh: Mesh):
 def row_shard(mesh: Mesh, batch: int) -> tuple[int, int]:
     """(index, count): which equal part of a batch's rows this process holds.
 
-    Processes that share rows (the sequence is split between them) get the same index.
+    Processes that share rows (the sequence is split between them) get the same index. (0, 0) when
+    the rows are not one such part, which only a source that makes its own rows has to mind.
     """
     sharding = NamedSharding(mesh, spec_of(("batch",), mesh=mesh))
     slices = [i[0] for i in sharding.addressable_devices_indices_map((batch,)).values() if i]
-    starts = [s.indices(batch)[0] for s in slices]
-    stops = [s.indices(batch)[1] for s in slices]
-    size = max(stops) - min(starts)
-    return min(starts) // size, batch // size
+    return one_part(sorted({s.indices(batch)[:2] for s in slices}), batch)
+
+
+def one_part(ranges: list[tuple[int, int]], batch: int) -> tuple[int, int]:
+    """`row_shard` of sorted, distinct (start, stop) ranges of rows."""
+    start, stop = ranges[0][0], ranges[-1][1]
+    size = stop - start
+    gaps = any(a[1] != b[0] for a, b in zip(ranges, ranges[1:], strict=False))
+    return (0, 0) if gaps or batch % size or start % size else (start // size, batch // size)
 
 
 def global_batch(fetch: Callable[[slice], dict[str, np.ndarray]], spec, mesh: Mesh):

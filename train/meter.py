@@ -24,6 +24,7 @@ class Meter:
         self.peak = peak * program.mesh.size if peak else None
         self.device = device
         self.last_loss, self.rate, self.pace = float("nan"), 0.0, float("nan")
+        self.compiling = True
         self.restart()
 
     def restart(self) -> None:
@@ -31,6 +32,10 @@ class Meter:
         self.data_wait = self.checkpoint = 0.0
         self.sums: dict[str, np.ndarray] = {}
         self.count, self.begin = 0, time.perf_counter()
+
+    def leave_out(self, seconds: float) -> None:
+        """Time spent on something else (an evaluation) is not the interval's."""
+        self.begin += seconds
 
     def add(self, metrics: dict[str, Any]) -> int:
         """Adds a step's (sum, weight) pairs; returns how many bad steps there were in a row."""
@@ -44,6 +49,10 @@ class Meter:
             pair = np.asarray(metrics["skipped"], np.float64)
             self.sums["skipped"] = self.sums.get("skipped", 0.0) + pair
         self.count += 1
+        if self.compiling:
+            # The first step's time is the compiler's.
+            self.compiling, self.count, self.begin = False, 0, time.perf_counter()
+            return bad_run
         self.pace = (time.perf_counter() - self.begin) / self.count
         self.rate = self.tokens / self.pace
         return bad_run
@@ -60,9 +69,11 @@ class Meter:
         """The record of the interval, and a new interval."""
         spent, count = time.perf_counter() - self.begin, max(self.count, 1)
         row = {name: float(s / max(w, 1e-30)) for name, (s, w) in self.sums.items()}
+        row |= {"lr": float(np.asarray(self.lr(step - 1))), "tokens": step * self.tokens}
+        if not self.count:  # the step that was compiled: nothing to measure
+            self.restart()
+            return row
         row |= {
-            "lr": float(np.asarray(self.lr(step - 1))),
-            "tokens": step * self.tokens,
             "tokens_per_second": count * self.tokens / spent,
             "step_seconds": (spent - self.data_wait - self.checkpoint) / count,
             "data_wait": self.data_wait / spent,
@@ -76,7 +87,7 @@ class Meter:
             row["device_peak_bytes"] = memory["peak_bytes_in_use"]
         begin = self.begin
         self.restart()
-        self.begin = max(begin + spent, begin)
+        self.begin = begin + spent
         return row
 
 

@@ -2,7 +2,6 @@
 
 import json
 import math
-import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -42,8 +41,10 @@ class Recorder:
         """Appends one record of `kind` (train, eval, resume, stop, ...)."""
         if self._file is None or self._board is None:
             return
-        row = {"kind": kind, "step": step, "time": round(time.time(), 3), **values}
-        self._file.write(json.dumps(row, allow_nan=True) + "\n")
+        # JSON has no NaN: null.
+        plain = {k: None if _odd(v) else v for k, v in values.items()}
+        row = {"kind": kind, "step": step, "time": round(time.time(), 3), **plain}
+        self._file.write(json.dumps(row, allow_nan=False) + "\n")
         self._file.flush()
         for name, value in values.items():
             if isinstance(value, int | float):
@@ -59,7 +60,7 @@ class Recorder:
             for name, form in COLUMNS.items()
             if values.get(name) is not None
         ]
-        if eta is not None and self._bar is None:
+        if eta is not None and math.isfinite(eta) and self._bar is None:
             cells.append(f"eta {eta:.0f}s")
         self.console.print("  ".join(cells), soft_wrap=True)
 
@@ -94,10 +95,12 @@ def read(folder: Path) -> list[dict[str, Any]]:
     path = folder / "metrics.jsonl"
     if not path.is_file():
         return rows
-    for text in path.read_text(encoding="utf-8").splitlines():
+    for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             row = json.loads(text)
         except json.JSONDecodeError:  # a line cut short by a kill
+            continue
+        if not isinstance(row, dict) or not {"kind", "step"} <= set(row):
             continue
         if row["kind"] in ("start", "resume"):
             rows = [r for r in rows if r["step"] <= row["step"]]
@@ -107,7 +110,7 @@ def read(folder: Path) -> list[dict[str, Any]]:
 
 def series(rows: list[dict[str, Any]], kind: str, name: str) -> tuple[list[int], list[float]]:
     """Steps and values of one metric."""
-    got = [(r["step"], r[name]) for r in rows if r["kind"] == kind and name in r]
+    got = [(r["step"], r[name]) for r in rows if r["kind"] == kind and r.get(name) is not None]
     return [s for s, _ in got], [v for _, v in got]
 
 
@@ -143,6 +146,5 @@ def perplexity(loss: float) -> float:
     return math.exp(loss) if loss < 700 else math.inf
 
 
-def is_terminal() -> bool:
-    """True when a person is likely to watch."""
-    return sys.stderr.isatty()
+def _odd(value: Any) -> bool:
+    return isinstance(value, float) and not math.isfinite(value)

@@ -1,7 +1,8 @@
 """Objectives: one function `(apply, params, batch, key) -> (loss, metrics)` each.
 
-`loss` is a float32 sum; `metrics` maps names to (sum, weight) pairs, and `metrics["loss"]` holds the
-loss with the weight that the trainer divides the gradient by, after summing over every microbatch.
+`loss` is a float32 sum, what is minimised; `metrics` maps names to (sum, weight) pairs. The weight of
+`metrics["loss"]` is what the trainer divides the gradient by, after summing over every microbatch. A
+microbatch gets a key of its own, so noise depends on `accumulate`, but never on the mesh.
 """
 
 import dataclasses
@@ -43,10 +44,12 @@ class NextToken:
             params, batch["tokens"], batch["positions"], batch["segment_ids"], method="hidden"
         )
         head = apply(params, method="unembedding")
-        loss, count = tiled_cross_entropy(
-            hidden, head, batch["targets"], n_tiles=self.tiles, z_loss=self.z_loss
+        loss, count, nll = tiled_cross_entropy(
+            hidden, head, batch["targets"], n_tiles=self.tiles, z_loss=self.z_loss, parts=True
         )
-        return loss, {"loss": (loss, count)}
+        # What is reported is in nats, whatever is added to what is minimised.
+        metrics = {"loss": (nll, count)}
+        return loss, metrics | ({"z_loss": (loss - nll, count)} if self.z_loss else {})
 
     def check(self, model, source) -> None:
         if not hasattr(model, "vocab"):

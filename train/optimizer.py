@@ -113,7 +113,9 @@ def make_optimizer(config: Optimizer, steps: int, axes) -> optax.GradientTransfo
         )
     else:
         rule = optax.chain(
-            optax.add_decayed_weights(config.weight_decay, decays), optax.sgd(lr, config.b1)
+            optax.trace(config.b1),
+            optax.add_decayed_weights(config.weight_decay, decays),
+            optax.scale_by_learning_rate(lr),
         )
     clip = [optax.clip_by_global_norm(config.clip)] if config.clip else []
     return optax.chain(*clip, rule)

@@ -3,13 +3,14 @@
 import dataclasses
 import importlib
 import json
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 from sharding.mesh import MeshShape
 from train.optimizer import Optimizer
 
-ROOMS = ("jaxlab", "models", "train", "sharding")
+ROOMS = ("jaxlab", "sharding", "models", "train", "configs")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,14 +30,14 @@ class Run:
     log_every: Annotated[int, "steps between log records"] = 10
     eval_every: Annotated[int, "steps between evaluations; 0: at the end only"] = 0
     save_every: Annotated[int, "steps between checkpoints; 0: at the end only"] = 100
-    keep: Annotated[int, "newest checkpoints kept"] = 3
+    keep: Annotated[int, "newest checkpoints kept; at least 2, lest the newest be damaged"] = 3
     max_bad_steps: Annotated[int, "non-finite steps in a row before the run stops"] = 10
 
     def check(self, n_devices: int) -> "Run":
         """The run with its mesh resolved; ValueError, naming field and fix, if it cannot work."""
         for name, least in (
-            ("steps", 1), ("batch", 1), ("accumulate", 1), ("log_every", 1), ("keep", 1),
-            ("max_bad_steps", 1), ("eval_every", 0), ("save_every", 0),
+            ("steps", 1), ("batch", 1), ("accumulate", 1), ("log_every", 1), ("keep", 2),
+            ("max_bad_steps", 1), ("eval_every", 0), ("save_every", 0), ("seed", 0),
         ):  # fmt: skip
             if getattr(self, name) < least:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least {least}")
@@ -79,7 +80,7 @@ def from_json(value: Any) -> Any:
     if not isinstance(value, dict):
         return value
     module, _, name = value["type"].partition(":")
-    if module.split(".")[0] not in ROOMS:
+    if module.split(".")[0] not in ROOMS and module not in sys.modules:
         raise ValueError(f"config names the type {value['type']!r}, which is not of this project")
     cls = getattr(importlib.import_module(module), name)
     known = {f.name for f in dataclasses.fields(cls)}

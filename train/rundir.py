@@ -1,18 +1,24 @@
 """The run directory: whose run it holds, what ran it, and what is left there for a post-mortem."""
 
 import contextlib
+import fcntl
 import json
+import os
 import platform
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 
-from train.run import FREE, Run, difference, load_run, to_json
+from train.run import FREE, Run, difference, to_json
+
+LOCK = "lock"
 
 
 class RunFailed(RuntimeError):
@@ -20,8 +26,45 @@ class RunFailed(RuntimeError):
 
 
 @contextlib.contextmanager
-def failures(checkpoints) -> Iterator[None]:
-    """Turns what the outside world does to a running run into `RunFailed`, saying what is left."""
+def claimed(folder: Path, fresh: bool) -> Iterator[None]:
+    """Holds the run directory, made if need be, against other runs; `fresh` renames an earlier one.
+
+    ValueError while another process holds it. The lock ends with the process that has it.
+    """
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_lock(folder))
+        if fresh and {p.name for p in folder.iterdir()} - {LOCK}:
+            # The lock goes with the folder that is renamed.
+            aside = folder.with_name(f"{folder.name}.{time.strftime('%Y%m%dT%H%M%S')}")
+            folder.rename(aside)
+            print(f"jaxlab: the earlier run is now {aside}", file=sys.stderr)
+            stack.enter_context(_lock(folder))
+        yield
+
+
+@contextlib.contextmanager
+def _lock(folder: Path) -> Iterator[None]:
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / LOCK, "a+", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            owner = file.read().strip() or "another process"
+            raise ValueError(
+                f"{folder} is in use by {owner}: wait for it, or give another --run-dir"
+            ) from None
+        except OSError:  # a file system without locks
+            pass
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {platform.node()}")
+        file.flush()
+        yield
+
+
+@contextlib.contextmanager
+def failures(folder: Path, checkpoints) -> Iterator[None]:
+    """Turns what breaks a running run into `RunFailed`, saying what is left and where to look."""
     try:
         yield
     except (OSError, ValueError, RuntimeError) as error:
@@ -30,18 +73,39 @@ def failures(checkpoints) -> Iterator[None]:
             why += " (out of memory: smaller batch, accumulate=N, model.remat=full or more fsdp)"
         steps = checkpoints.steps()
         left = f"the last complete checkpoint is step {steps[-1]}" if steps else "nothing was saved"
+        report = (
+            folder / f"failure-{time.strftime('%Y%m%dT%H%M%S')}-process{jax.process_index()}.txt"
+        )
+        with contextlib.suppress(OSError):
+            report.write_text(traceback.format_exc())
+            left += f"; details in {report}"
         raise RunFailed(f"the run failed: {why}; {left}; the same command resumes") from error
 
 
 def reconcile(run: Run, folder: Path, allow: tuple[str, ...]) -> None:
     """ValueError, with the difference, when `folder` holds a run that learns something else."""
-    if not (folder / "config.json").is_file():
-        if folder.is_dir() and any(folder.iterdir()):
+    file = folder / "config.json"
+    if not file.is_file():
+        left = {p.name for p in folder.iterdir()} if folder.is_dir() else set()
+        if "checkpoints" in left:
+            raise ValueError(
+                f"{folder} has checkpoints but no config.json: put it back (jaxlab inspect {folder} "
+                f"shows what was in it), or use --fresh to set that run aside"
+            )
+        if left - {LOCK, "config.json.tmp"}:
             raise ValueError(
                 f"{folder} is not empty and holds no run: give another --run-dir, nothing was touched"
             )
         return
-    changed = difference(load_run(folder), run)
+    try:
+        # As JSON: the types of a user's own classes need not be known here.
+        there = json.loads(file.read_text())
+    except ValueError as error:
+        raise ValueError(
+            f"{file} cannot be read as a configuration ({error}): put it right, or use --fresh to set "
+            f"that run aside"
+        ) from error
+    changed = difference(there, run)
     # With nothing but a step 0 (an imported model) only the model is settled.
     if any((folder / "checkpoints").glob("[1-9]*")):
         fixed = [c for c in changed if not c[0].startswith((*FREE, *allow))]
@@ -56,8 +120,7 @@ def reconcile(run: Run, folder: Path, allow: tuple[str, ...]) -> None:
 
 
 def write_description(run: Run, folder: Path) -> None:
-    """config.json and versions.json; an earlier config.json is kept in the list of versions."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """config.json, and one more entry in versions.json: packages, commit, devices, command."""
     from importlib.metadata import version
 
     packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
@@ -75,17 +138,22 @@ def write_description(run: Run, folder: Path) -> None:
         "processes": jax.process_count(),
         "command": sys.argv,
     }
-    path = folder / "versions.json"
-    history = json.loads(path.read_text()) if path.is_file() else []
-    path.write_text(json.dumps([*history, entry], indent=1) + "\n")
-    temporary = folder / "config.json.tmp"
-    temporary.write_text(json.dumps(to_json(run), indent=1) + "\n")
-    temporary.replace(folder / "config.json")
+    history = []
+    with contextlib.suppress(OSError, ValueError):
+        history = json.loads((folder / "versions.json").read_text())
+    for name, value in (("config.json", to_json(run)), ("versions.json", [*history, entry])):
+        temporary = folder / f"{name}.tmp"
+        temporary.write_text(json.dumps(value, indent=1) + "\n")
+        temporary.replace(folder / name)
 
 
 def save_batch(folder: Path, step: int, batch: dict[str, jax.Array]) -> Path:
-    """Writes the rows held by this process to an .npz for inspection."""
+    """Writes a batch to an .npz for inspection; what other processes hold is 0 in it."""
     path = folder / f"bad-batch-step{step}-process{jax.process_index()}.npz"
-    held = lambda v: [np.asarray(s.data) for s in v.addressable_shards if s.replica_id == 0]  # noqa: E731
-    np.savez(path, **{k: np.concatenate(held(v) or [np.zeros(0)]) for k, v in batch.items()})  # pyright: ignore[reportArgumentType]
+    arrays: dict[str, Any] = {}
+    for name, value in batch.items():
+        arrays[name] = np.zeros(value.shape, value.dtype)
+        for shard in value.addressable_shards:
+            arrays[name][shard.index] = np.asarray(shard.data)
+    np.savez(path, **arrays)
     return path

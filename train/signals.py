@@ -7,10 +7,10 @@ import jax
 
 
 class Stop:
-    """Notes SIGTERM and SIGINT; a second SIGINT interrupts at once.
+    """Notes SIGTERM and SIGINT and says so; a second SIGINT interrupts at once.
 
     With several processes SIGTERM belongs to JAX's preemption service, which makes all processes
-    stop at one step; SIGINT is passed on to it.
+    stop at one step; every SIGINT is passed on to it.
     """
 
     wanted = False
@@ -32,6 +32,8 @@ class Stop:
             if jax.process_count() > 1:
                 os.kill(os.getpid(), signal.SIGTERM)
         self.wanted = jax.process_count() == 1
+        again = "; once more: end at once" if number == signal.SIGINT and self.wanted else ""
+        os.write(2, f"\njaxlab: stopping after this step, saving{again}\n".encode())
 
     def __exit__(self, *_):
         for number, handler in self._old.items():

@@ -139,7 +139,7 @@ def make_train_step(
         key = jax.random.fold_in(jax.random.key(seed), state.step)
         grads, loss, metrics = accumulated(state.params, batch, key)
         weight = metrics["loss"][1]
-        grads = jax.tree.map(lambda g: g / jnp.maximum(weight, 1), grads)
+        grads = jax.tree.map(lambda g: g / jnp.where(weight > 0, weight, 1), grads)
         norm = optax.tree.norm(grads)
         good = jnp.isfinite(loss) & jnp.isfinite(norm)
 

@@ -20,8 +20,9 @@ from train.feed import Feed, abstract_batch, batch_shardings, row_shard
 from train.meter import Meter
 from train.metrics import Recorder
 from train.optimizer import make_optimizer, split
+from train.processes import all_or_none
 from train.run import Run, to_json
-from train.rundir import failures, reconcile, save_batch, write_description
+from train.rundir import claimed, failures, reconcile, save_batch, write_description
 from train.signals import Stop
 from train.state import (
     TrainState,
@@ -110,46 +111,51 @@ def fit(
     folder: Path,
     *,
     allow: tuple[str, ...] = (),
+    fresh: bool = False,
     profile: tuple[int, int] | None = None,
     debug: bool = False,
     quiet: bool = False,
 ) -> Outcome:
-    """Trains `run` in `folder`, from its newest good checkpoint if it has one, to the last step."""
-    run = run.check(jax.device_count())
-    first = jax.process_index() == 0
-    reconcile(run, folder, allow)
+    """Trains `run` in `folder`, from its newest good checkpoint if it has one, to the last step.
 
-    # ---- mesh, model, data ----
-    program = build(run)
-    check_space(folder, state_bytes(program.state))
-    rows = row_shard(program.mesh, run.batch)
-    source = run.source.make(
-        run.batch, seed=run.seed, split="train", process_index=rows[0], process_count=rows[1]
-    )
-    scene = Scene(run, program.apply, program.mesh, rows)
-    evaluators = [e.make(scene) for e in run.evaluators]
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices("every process has checked the run directory")
-    if first:
-        write_description(run, folder)
-    checkpoints = Checkpoints(folder / "checkpoints", run.keep)
+    `fresh` sets an earlier run in `folder` aside; `allow` names fields that may differ from its.
+    ValueError or OSError, with nothing changed, for what cannot work; RunFailed later on.
+    """
+    first = jax.process_index() == 0
 
     with contextlib.ExitStack() as stack:
-        out = stack.enter_context(
-            contextlib.closing(Recorder(folder, run.steps, active=first, quiet=quiet))
-        )
+        # ---- mesh, model, data: everything that can be wrong is found out before a file is touched
+        with all_or_none():
+            run = run.check(jax.device_count())
+            if not fresh:
+                reconcile(run, folder, allow)
+            program = build(run)
+            check_space(folder, state_bytes(program.state))
+            rows = row_shard(program.mesh, run.batch)
+            source = run.source.make(
+                run.batch, seed=run.seed, split="train",
+                process_index=rows[0], process_count=rows[1] or 1,
+            )  # fmt: skip
+            if hasattr(source, "__next__") and not rows[1]:
+                raise ValueError(
+                    "a stream needs the rows of a process in one piece: use another mesh, or a "
+                    "source whose batch is a function of the step (source.packing=concat)"
+                )
+            scene = Scene(run, program.apply, program.mesh, rows)
+            evaluators = [e.make(scene) for e in run.evaluators]
+        with all_or_none():
+            if first:
+                stack.enter_context(claimed(folder, fresh))
+        checkpoints = Checkpoints(folder / "checkpoints", run.keep)
         stack.enter_context(jax.set_mesh(program.mesh))
         stack.enter_context(jax.debug_nans(debug))
-        stop = stack.enter_context(Stop())
 
         # ---- restore or initialise ----
-        start = 0
+        start, rejected = 0, {}
         state: Any = None
         if checkpoints.steps():
             got = restore(program, checkpoints)
-            state, start = got.state, got.step
-            for step, why in got.rejected.items():
-                out.warn(f"checkpoint step {step} set aside as unusable: {why}")
+            state, start, rejected = got.state, got.step, got.rejected
             if got.meta.get("source") is not None:
                 if len(got.meta["source"]) != rows[1]:
                     raise ValueError(
@@ -157,10 +163,19 @@ def fit(
                         f"go on with {rows[1]}: use as many processes"
                     )
                 source.set_state(got.meta["source"][rows[0]])
-            out.say(f"resumed at step {start} from {checkpoints.folder}", "green")
-        stack.enter_context(failures(checkpoints))
+        if first:
+            write_description(run, folder)
+        out = stack.enter_context(
+            contextlib.closing(Recorder(folder, run.steps, active=first, quiet=quiet))
+        )
+        stack.enter_context(failures(folder, checkpoints))
+        stop = stack.enter_context(Stop())
+        for step, why in rejected.items():
+            out.warn(f"checkpoint step {step} set aside as unusable: {why}")
         if state is None:
             state = program.init()
+        else:
+            out.say(f"resumed at step {start} from {checkpoints.folder}", "green")
         out.record("resume" if start else "start", start, {})
         feed = stack.enter_context(contextlib.closing(Feed(source, program.mesh, start)))
         meter = Meter(program)
@@ -174,13 +189,14 @@ def fit(
             meter.checkpoint += time.perf_counter() - begin
 
         def evaluate(step: int) -> dict[str, Any]:
+            begin = time.perf_counter()
             params = state.ema if run.optimizer.ema else state.params
             found: dict[str, Any] = {}
             for evaluator in evaluators:
                 found |= evaluator(params, step)
             out.record("eval", step, found)
             out.line(step, found)
-            meter.restart()
+            meter.leave_out(time.perf_counter() - begin)
             return found
 
         # ---- loop ----
@@ -197,7 +213,7 @@ def fit(
             with jax.profiler.StepTraceAnnotation("train", step_num=step):
                 state, metrics = program.step(state, batch)
             step += 1
-            pending.append((step, metrics))
+            pending.append((step, metrics, batch))
             if profile and step == profile[1]:
                 jax.block_until_ready(metrics)
                 jax.profiler.stop_trace()
@@ -205,30 +221,31 @@ def fit(
 
             # Look one step back, so that the device always has a step to work on.
             evaluate_now = run.eval_every and step % run.eval_every == 0 and step < run.steps
-            behind = 0 if step == run.steps or evaluate_now else 1
-            while len(pending) > behind:
-                at, done = pending.popleft()
+            stopping = stop.wanted or checkpoints.preempted(step)
+            behind = 0 if step == run.steps or evaluate_now or stopping else 1
+            while len(pending) > behind and code != DIVERGED:
+                at, done, used = pending.popleft()
                 bad = meter.add(jax.device_get(done))
                 out.advance(at, meter.text())
                 if bad >= run.max_bad_steps:
                     code = DIVERGED
+                    path = save_batch(folder, at, used)
+                    out.warn(
+                        f"stopped at step {at}: loss or gradient not finite for {bad} steps in a "
+                        f"row; they changed no parameter; the batch is in {path}"
+                    )
                 if at % run.log_every == 0 or at == run.steps:
                     row = meter.row(at)
                     out.record("train", at, row)
                     out.line(at, row, eta=meter.eta(at))
             if code == DIVERGED:
-                path = save_batch(folder, step, batch)
-                out.warn(
-                    f"stopped at step {step}: loss or gradient not finite for {bad} steps in a row; "
-                    f"nothing of them was saved, the batch is in {path}"
-                )
                 break
             if evaluate_now:
                 values = evaluate(step)
             if run.save_every and step % run.save_every == 0:
                 save(step)
                 saved = step
-            if stop.wanted or checkpoints.preempted(step):
+            if stopping:
                 code = STOPPED
                 break
 
