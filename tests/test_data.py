@@ -361,6 +361,18 @@ def test_the_cache_depends_on_the_names_of_special_tokens(tokenizer):
     assert firsts == [0, 0, 1] and len(corpora(cache)) == 3
 
 
+def test_a_tokenizer_without_special_tokens_adds_none(tokenizer):
+    content = json.loads((tokenizer / "tokenizer.json").read_text())
+    content["added_tokens"] = []
+    for i, name in enumerate(("<s>", "</s>")):
+        content["model"]["vocab"][f"plain{i}"] = content["model"]["vocab"].pop(name)
+    (tokenizer / "tokenizer.json").write_text(json.dumps(content))
+    ours = load_tokenizer(str(tokenizer))
+    corpus = load_corpus((str(write(tokenizer, ".jsonl")),), str(tokenizer), "text", "")
+    assert (ours.bos, ours.eos) == (None, None) and corpus.ids.dtype == np.uint16
+    assert [ours.decode(corpus.ids[a:b]) for a, b in corpus.spans] == [d for d in DOCS if d]
+
+
 @settings(max_examples=30, deadline=None)
 @given(st.text(st.characters(exclude_characters="\0", exclude_categories=("Cs",))))
 def test_bytes_round_trip(text):

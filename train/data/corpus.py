@@ -80,8 +80,8 @@ def default_cache() -> Path:
 def _documents(files: tuple[str, ...], name: str, column: str) -> Iterator[np.ndarray]:
     """[bos] ids [eos] of every document that holds text, in the smallest type that fits."""
     tokenizer = load_tokenizer(name)
-    begin, end = ([] if t is None else [t] for t in (tokenizer.bos, tokenizer.eos))
     dtype = np.min_scalar_type(tokenizer.vocab_size - 1)
+    begin, end = (np.array([] if t is None else [t], dtype) for t in (tokenizer.bos, tokenizer.eos))
     some = False
     for pattern in files:
         for where, text in read_documents(pattern, column):
@@ -92,7 +92,7 @@ def _documents(files: tuple[str, ...], name: str, column: str) -> Iterator[np.nd
             except ValueError as error:
                 raise ValueError(f"{where}: {error}") from error
             some = True
-            yield np.concatenate([begin, ids, end]).astype(dtype)
+            yield np.concatenate([begin, np.asarray(ids, dtype), end])
     if not some:
         raise ValueError(f"source.files={list(files)}: there is no text in them")
 
