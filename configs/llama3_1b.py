@@ -1,8 +1,11 @@
 """Llama 3.2 1B shape, 8192-token sequences, for a TPU slice of 4 chips or more.
 
+A step is 64 sequences in 2 microbatches, which any power of two of devices up to 32 divides; 64 devices
+take accumulate=1.
+
 Plan:     jaxlab compile --config llama3_1b --topology v5p:2x2x1
 Launch:   jaxlab import hf DIR --run-dir RUN && jaxlab train RUN source.files=MY.jsonl
-          (with pretrained weights; from scratch: launch/tpu_pod.sh NAME ZONE llama3_1b)
+          (with pretrained weights; from scratch as in llama3_8b)
 """
 
 from jaxlab.rope import Llama3Scaling
@@ -29,7 +32,8 @@ def run() -> Run:
         optimizer=Optimizer(lr=3e-4, warmup=2000),
         mesh=MeshShape(data=1, fsdp=-1),
         steps=100_000,
-        batch=8,
+        batch=64,
+        accumulate=2,
         save_every=1000,
         eval_every=1000,
     )  # fmt: skip

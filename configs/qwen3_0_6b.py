@@ -1,8 +1,11 @@
 """Qwen3 0.6B shape, 8192-token sequences, for a TPU slice of 4 chips or more.
 
+A step is 64 sequences in 2 microbatches, which any power of two of devices up to 32 divides; 64 devices
+take accumulate=1.
+
 Plan:     jaxlab compile --config qwen3_0_6b --topology v5p:2x2x1
 Launch:   jaxlab import hf DIR --run-dir RUN && jaxlab train RUN source.files=MY.jsonl
-          (with pretrained weights; from scratch: launch/tpu_pod.sh NAME ZONE qwen3_0_6b)
+          (with pretrained weights; from scratch as in llama3_8b)
 """
 
 from models.decoder import DecoderConfig
@@ -28,7 +31,8 @@ def run() -> Run:
         optimizer=Optimizer(lr=3e-4, warmup=2000),
         mesh=MeshShape(data=1, fsdp=-1),
         steps=100_000,
-        batch=8,
+        batch=64,
+        accumulate=2,
         save_every=1000,
         eval_every=1000,
     )  # fmt: skip

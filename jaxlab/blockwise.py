@@ -14,6 +14,7 @@ from einops import rearrange
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float
 
+from jaxlab.loops import loop_at_most
 from jaxlab.masks import Mask, Rule, allowed_pairs, logits, wide_type
 from jaxlab.varying import vary_like
 
@@ -217,7 +218,7 @@ def _forward(plan: Plan, q, k, v, mask: Mask):
             jnp.zeros(shape, wide),
         )
         start = jax.tree.map(lambda x: vary_like(x, q), start)
-        acc, top, total = jax.lax.fori_loop(*key_blocks(plan, i), body, start)
+        acc, top, total = loop_at_most(plan.n_k, *key_blocks(plan, i), body, start)
         some = jnp.where(total > 0, total, 1)
         lse = jnp.where(total > 0, top + jnp.log(some), -jnp.inf)
         return (acc / some[..., None]).astype(q.dtype), lse
@@ -269,7 +270,7 @@ def _backward(plan: Plan, saved, cotangents):
 
         # Gradients of keys as [k, s]: the large factor, [t, s], is then never transposed.
         start = (dq, _zeros(kj.mT, wide), _zeros(vj.mT, wide))
-        dq, dk, dv = jax.lax.fori_loop(*query_blocks(plan, j), body, start)
+        dq, dk, dv = loop_at_most(plan.n_q, *query_blocks(plan, j), body, start)
         return dq, (dk.mT.astype(k.dtype), dv.mT.astype(v.dtype))
 
     blocks = (jnp.arange(plan.n_k), _cut_keys(plan, k), _cut_keys(plan, v))

@@ -9,13 +9,17 @@ import numpy as np
 from jax.extend import core
 from jax.interpreters import partial_eval
 
+from jaxlab.loops import most_of
+
 
 def count_flops(fn: Callable, *args: Any) -> float:
     """FLOPs of `fn(*args)` over all devices: 2 for every multiply-add of a matmul or convolution.
 
     `args` are arrays or `jax.ShapeDtypeStruct`s (typed PRNG keys too); nothing is computed. Scans
     count `length` times, the branches of a `cond` as the dearest one, the body of a `while_loop`
-    once (its length is data), a `shard_map` body once per device of its manual axes, and a Pallas
+    once (its length is data) unless `jaxlab.loops.loop_at_most` made it, then as often as it runs
+    at most: blockwise attention counts in full, masked blocks included, which is the convention of
+    model FLOPs utilisation. A `shard_map` body counts once per device of its manual axes, a Pallas
     kernel once per grid point; what no output needs does not count. Recomputation under
     `jax.checkpoint` is in the count where it is in the program, that is in gradients. Elementwise
     operations, reductions and scatters are not.
@@ -57,12 +61,14 @@ def sub_jaxprs(eqn: core.JaxprEqn) -> Iterator[core.Jaxpr]:
 
 
 def repeats(eqn: core.JaxprEqn) -> int:
-    """How often one device runs the body of an equation, as far as the program says."""
+    """How often one device runs the body of an equation at most, as far as the program says."""
     if eqn.primitive.name == "scan":
         return eqn.params["length"]
     if eqn.primitive.name == "pallas_call":
         grid = eqn.params["grid_mapping"].grid
         return math.prod(size for size in grid if isinstance(size, int))
+    if eqn.primitive.name == "while":
+        return most_of(str(eqn.source_info.name_stack)) or 1
     return 1
 
 

@@ -6,6 +6,8 @@ import re
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
+from jaxlab.loops import most_of
+
 COLLECTIVES = (
     "all-gather",
     "all-reduce",
@@ -107,7 +109,8 @@ class Module:
     def walk(self) -> Iterator[tuple[Instruction, Computation, int]]:
         """Every instruction that is executed, with its computation and how often a step runs it.
 
-        Both branches of a conditional are walked; a loop of unknown length runs once.
+        Both branches of a conditional are walked; a loop of unknown length runs as often as its name
+        says at most (`jaxlab.loops`), or once.
         """
         yield from self._walk(self.computations[self.entry], 1, None)
 
@@ -147,6 +150,9 @@ class Module:
         try:
             return body, self._trips(body, condition, first), first
         except (LookupError, RecursionError):
+            name = re.search(r'op_name="([^"]*)"', loop.attributes)
+            if name and (most := most_of(name[1])):
+                return body, most, first
             self.unknown_loops.add(loop.name)
             return body, 1, first
 
@@ -328,7 +334,8 @@ def hlo_collectives(text: str) -> dict[str, tuple[int, int]]:
 
     Bytes are those of the operands. A `-start`/`-done` pair counts once; the body of a loop counts
     as often as the loop runs: its known_trip_count, or, where the backend does not write one (TPU),
-    the count worked out from the loop's counter; a loop of unknown length counts once.
+    the count worked out from the loop's counter, or the bound in the loop's name (`jaxlab.loops`);
+    other loops count once.
     """
     total: dict[str, tuple[int, int]] = {}
     for c in Module(text).collectives():

@@ -75,8 +75,8 @@ def count_collectives(fn: Callable, *args: Any) -> dict[str, tuple[int, int]]:
 
     `args` are arrays or `jax.ShapeDtypeStruct`s. Counted are the collectives inside `shard_map`,
     bytes of their operands as one device sees them; a scan counts `length` times, a `cond` as the
-    branch with the most bytes, a `while_loop` once. Axes of size 1 cost nothing. What the compiler
-    adds for arrays outside `shard_map` is in `hlo_collectives` of the compiled text only.
+    branch with the most bytes, a `while_loop` as in `count_flops`. Axes of size 1 cost nothing. What
+    the compiler adds for arrays outside `shard_map` is in `hlo_collectives` of compiled text only.
     """
     return _collectives(live(jax.make_jaxpr(fn)(*args).jaxpr), {})
 
@@ -142,7 +142,8 @@ def compile_report(
     `jax.set_mesh` around the call if the step needs it. `flops` are the useful FLOPs of a step over
     all devices, from which the best possible utilisation follows. Times are bounds: compute at the
     published bfloat16 rate; memory with each operand and result of a fused operation in HBM moved
-    once; the network with each collective on a ring along one torus axis, nothing overlapped.
+    once; the network with each collective on a ring along one torus axis, nothing overlapped. Blocks
+    of attention that the mask lets a loop skip count in all three.
     A step too large for the memory gives a report with `fits=False`; other compiler errors are
     raised. ValueError for an unknown topology or for arguments placed elsewhere.
     """

@@ -1,8 +1,13 @@
 """Text as a source: readers, rows, packing, mixtures, resuming, errors."""
 
+import concurrent.futures
 import dataclasses
 import gzip
 import json
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,7 +17,10 @@ from hypothesis import strategies as st
 from train.data.bigram import bigram_loss
 from train.data.corpus import Corpus, load_corpus
 from train.data.packing import Rows, Stream, Windows
+from train.data.readers import read_documents
 from train.data.text import Text, load_tokenizer
+
+ROOT = Path(__file__).parent.parent
 
 DOCS = ["hello world", "a", "the quick brown fox", "", "jumps over\nthe lazy dog", "näïve ∑"]
 
@@ -203,7 +211,113 @@ def test_cache_is_mapped_and_renewed_when_the_file_changes(tmp_path):
     write(tmp_path, ".jsonl", [*DOCS, "new"])
     load_corpus.cache_clear()
     assert documents(load_corpus(*args))[-1] == "new"
-    assert len(list((tmp_path / "cache").iterdir())) == 2
+    assert len(corpora(tmp_path / "cache")) == 2
+
+
+def corpora(cache):
+    """Whole corpora in a cache; fails on anything else but their locks."""
+    found = [p for p in cache.iterdir() if p.is_dir()]
+    assert {p.name for p in cache.iterdir()} <= {
+        p.name + end for p in found for end in ("", ".lock")
+    }
+    return found
+
+
+def test_the_cache_holds_what_memory_would(tmp_path, tokenizer):
+    files = (str(write(tmp_path, ".jsonl")), "builtin:pydoc")
+    for name in ("bytes", str(tokenizer)):
+        kept, plain = (load_corpus(files, name, "text", c) for c in (str(tmp_path / "cache"), ""))
+        assert isinstance(kept.ids, np.memmap) and not isinstance(plain.ids, np.memmap)
+        assert kept.ids.dtype == plain.ids.dtype and kept.spans.dtype == plain.spans.dtype
+        np.testing.assert_array_equal(kept.ids, plain.ids)
+        np.testing.assert_array_equal(kept.spans, plain.spans)
+
+
+def test_large_files_are_cached_by_default(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    small, large = tmp_path / "small.txt", tmp_path / "large.txt"
+    small.write_text("x" * 100)
+    large.write_text("y" * 101)
+    monkeypatch.setattr("train.data.corpus.LARGE", 100)
+    assert not isinstance(load_corpus((str(small),), "bytes", "text", "").ids, np.memmap)
+    assert not (tmp_path / "home").exists()
+    assert isinstance(load_corpus((str(large),), "bytes", "text", "").ids, np.memmap)
+    assert len(corpora(tmp_path / "home" / "jaxlab")) == 1
+    assert isinstance(load_corpus((str(small), str(small)), "bytes", "text", "").ids, np.memmap)
+
+
+def test_of_many_readers_one_tokenises_and_the_others_wait(tmp_path, monkeypatch, capsys):
+    file, read = write(tmp_path, ".jsonl"), []
+
+    def slow(pattern, column):
+        read.append(pattern)
+        time.sleep(0.3)
+        yield from read_documents(pattern, column)
+
+    monkeypatch.setattr("train.data.corpus.read_documents", slow)
+    args = (str(file),), "bytes", "text", str(tmp_path / "cache")
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda _: load_corpus.__wrapped__(*args), range(4)))
+    assert len(read) == 1
+    assert all(documents(corpus) == [d for d in DOCS if d] for corpus in found)
+    assert "waiting for another process to tokenise into" in capsys.readouterr().err
+
+
+def test_a_failed_or_killed_writer_leaves_no_corpus_and_no_lock(tmp_path):
+    file, cache = tmp_path / "x.jsonl", tmp_path / "cache"
+    file.write_text('{"text": "a"}\n{nope}')
+    args = (str(file),), "bytes", "text", str(cache)
+    for _ in range(2):
+        with pytest.raises(ValueError, match="x.jsonl:2: not JSON"):
+            load_corpus(*args)
+    assert not [p for p in cache.iterdir() if p.is_dir()]
+    file.write_text('{"text": "a"}\n{"text": "b"}')
+    code = (
+        "import os, sys; from train.data import corpus, readers\n"
+        "def dies(*a):\n yield 'x', 'a'\n os._exit(9)\n"
+        f"corpus.read_documents = dies; corpus.load_corpus(*{args!r})"
+    )
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 9
+    assert documents(load_corpus(*args)) == ["a", "b"]
+
+
+@pytest.mark.parametrize("asked", [True, False])
+def test_a_cache_that_cannot_be_written_names_its_field(tmp_path, monkeypatch, asked):
+    blocked = tmp_path / "file"
+    blocked.write_text("x" * 10)
+    monkeypatch.setattr("train.data.corpus.LARGE", 1)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(blocked))
+    source = Text(files=(str(write(tmp_path, ".jsonl")),), cache_dir=str(blocked) if asked else "")
+    with pytest.raises(ValueError, match=r"source.cache_dir='.*cannot write in .*file"):
+        source.make(2, seed=0, split="train")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the peak from /proc")
+def test_tokenising_into_the_cache_does_not_hold_the_corpus(tmp_path):
+    """Peak memory beyond the imports, 160 MB of JSON lines: with the cache, and without it."""
+    line = json.dumps({"text": "word " * 400}) + "\n"
+    (tmp_path / "big.jsonl").write_text(line * (160_000_000 // len(line)))
+
+    def grown(large, cache):
+        code = (
+            "import re; from pathlib import Path; from train.data import corpus\n"
+            # The peak of getrusage is also that of the parent before exec.
+            "status = lambda: Path('/proc/self/status').read_text()\n"
+            "peak = lambda: int(re.search(r'VmHWM:\\s*(\\d+) kB', status())[1])\n"
+            f"corpus.LARGE = {large}; before = peak()\n"
+            f"found = corpus.load_corpus(({str(tmp_path / 'big.jsonl')!r},), 'bytes', 'text', {cache!r})\n"
+            "assert found.tokens > 150_000_000\n"
+            "print((peak() - before) * 1024)"
+        )
+        done = subprocess.run(
+            [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+        return int(done.stdout)
+
+    assert grown(1 << 40, "") > 150e6
+    assert grown(1 << 40, str(tmp_path / "cache")) < 20e6
 
 
 @pytest.fixture
@@ -234,6 +348,29 @@ def test_hugging_face_tokenizer(tokenizer):
     source = Text(files=(str(write(tokenizer, ".parquet")),), tokenizer=str(tokenizer), seq_len=4)
     batch = source.make(2, seed=0, split="train").batch_at(0)
     assert batch["tokens"].max() < ours.vocab_size == source.vocab_size()
+
+
+def test_the_cache_depends_on_the_names_of_special_tokens(tokenizer):
+    files, cache = (str(write(tokenizer, ".jsonl")),), tokenizer / "cache"
+    firsts = []
+    for config in (None, {"bos_token": "<s>"}, {"bos_token": "</s>"}):
+        if config:
+            (tokenizer / "tokenizer_config.json").write_text(json.dumps(config))
+        load_corpus.cache_clear()
+        firsts.append(int(load_corpus(files, str(tokenizer), "text", str(cache)).ids[0]))
+    assert firsts == [0, 0, 1] and len(corpora(cache)) == 3
+
+
+def test_a_tokenizer_without_special_tokens_adds_none(tokenizer):
+    content = json.loads((tokenizer / "tokenizer.json").read_text())
+    content["added_tokens"] = []
+    for i, name in enumerate(("<s>", "</s>")):
+        content["model"]["vocab"][f"plain{i}"] = content["model"]["vocab"].pop(name)
+    (tokenizer / "tokenizer.json").write_text(json.dumps(content))
+    ours = load_tokenizer(str(tokenizer))
+    corpus = load_corpus((str(write(tokenizer, ".jsonl")),), str(tokenizer), "text", "")
+    assert (ours.bos, ours.eos) == (None, None) and corpus.ids.dtype == np.uint16
+    assert [ours.decode(corpus.ids[a:b]) for a, b in corpus.spans] == [d for d in DOCS if d]
 
 
 @settings(max_examples=30, deadline=None)
@@ -278,7 +415,10 @@ def test_bigram_against_a_plain_count(tmp_path):
         ({"packing": "best"}, "first_fit"),
         ({"valid_fraction": 1.0}, "between 0 and 1"),
         ({"files": ("builtin:pydocs",)}, "builtin:pydoc'"),
-        ({"seq_len": 10**7}, "use source.seq_len <= 4"),
+        (
+            {"seq_len": 10**7},
+            r"hold \d+ training tokens, .* use source.seq_len <= \d+ or more text",
+        ),
     ],
 )
 def test_wrong_settings(change, message):
@@ -310,8 +450,20 @@ def test_wrong_files(tmp_path, name, content, column, message):
 def test_missing_files(tmp_path):
     with pytest.raises(FileNotFoundError, match="nothing matches"):
         Text(files=(str(tmp_path / "*.txt"),)).make(2, seed=0, split="train")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "x.csv").write_text("a")
+    with pytest.raises(
+        FileNotFoundError, match=r"empty' holds no file whose name ends in .*.jsonl"
+    ):
+        Text(files=(str(tmp_path / "empty"),)).make(2, seed=0, split="train")
     with pytest.raises(FileNotFoundError, match="give 'bytes'"):
         Text(tokenizer=str(tmp_path / "no.json")).make(2, seed=0, split="train")
     (tmp_path / "bad.json").write_text("{}")
     with pytest.raises(ValueError, match="not a tokenizer.json"):
         load_tokenizer(str(tmp_path / "bad.json"))
+
+
+def test_buckets_need_their_package(monkeypatch):
+    monkeypatch.setitem(sys.modules, "gcsfs", None)  # as where it is not installed
+    with pytest.raises(ImportError, match=r"source.files: .*gs://b/x.txt.*jaxlab\[gcs\]"):
+        Text(files=("gs://b/x.txt",)).make(2, seed=0, split="train")

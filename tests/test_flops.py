@@ -8,6 +8,8 @@ from hypothesis import strategies as st
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
+from jaxlab.attention import blockwise_attention, dense_attention
+from jaxlab.loops import loop_at_most
 from sharding.flops import count_flops
 
 
@@ -199,3 +201,81 @@ def test_what_no_output_needs_is_not_counted():
     assert count_flops(lambda x, w: (x @ w, (x @ w) @ w)[0], X, W) == ONE
     unused = lambda x, w: jax.lax.scan(lambda c, _: (c @ w, (c @ w) @ w), x, None, length=4)[0]  # noqa: E731
     assert count_flops(jax.jit(unused), X, W) == 4 * ONE
+
+
+def attention_shapes(b=2, t=64, h=4, hk=2, k=8):
+    return shape(b, t, h, k), shape(b, t, hk, k), shape(b, t, hk, k)
+
+
+MASKS = [
+    {},
+    {"causal": False},
+    {"window": 20},
+    {"causal": False, "window": 20},
+    {"segment_ids": True},
+    {"segment_ids": True, "window": 9},
+]
+
+
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("hk", [4, 2, 1])
+@pytest.mark.parametrize("block", [(16, 16), (8, 32), (64, 8)])
+def test_blockwise_attention_counts_in_full_whatever_the_mask(mask, hk, block):
+    mask = dict(mask)
+    if mask.get("segment_ids"):
+        mask["segment_ids"] = jnp.zeros((2, 64), jnp.int32)
+    args = attention_shapes(hk=hk)
+    sizes = dict(zip(("block_q", "block_k"), block, strict=True))
+    dense = lambda *a: dense_attention(*a, **mask).sum()  # noqa: E731
+    blocks = lambda *a: blockwise_attention(*a, **mask, **sizes).sum()  # noqa: E731
+    matmul = 2 * 2 * 4 * 64 * 64 * 8  # [t, k] @ [k, s] of every head and row
+    assert count_flops(blocks, *args) == count_flops(dense, *args) == 2 * matmul
+    # The gradient: four matmuls from kept probabilities, five where they are made again.
+    assert count_flops(jax.value_and_grad(dense, (0, 1, 2)), *args) == (2 + 4) * matmul
+    assert count_flops(jax.value_and_grad(blocks, (0, 1, 2)), *args) == (2 + 5) * matmul
+
+
+@pytest.mark.parametrize("policy", ["nothing_saveable", "everything_saveable"])
+def test_layers_of_blockwise_attention_count_their_number_scanned_remat_and_vmapped(policy):
+    args = attention_shapes(b=1)
+    matmul = 2 * 4 * 64 * 64 * 8
+
+    def layer(q, k, v):
+        return blockwise_attention(q, k, v, block_q=16, block_k=16)
+
+    def loss(q, k, v):
+        body = jax.checkpoint(layer, policy=getattr(jax.checkpoint_policies, policy))
+        return jax.lax.scan(lambda x, _: (body(x, k, v), None), q, None, length=3)[0].sum()
+
+    again = 2 if policy == "nothing_saveable" else 0
+    gradient = jax.value_and_grad(loss, (0, 1, 2))
+    assert count_flops(loss, *args) == 3 * 2 * matmul
+    assert count_flops(gradient, *args) == 3 * (2 + again + 5) * matmul
+    rows = [shape(5, *a.shape) for a in args]
+    assert count_flops(jax.vmap(gradient), *rows) == 5 * count_flops(gradient, *args)
+    assert count_flops(jax.jit(jax.vmap(layer)), *rows) == 5 * 2 * matmul
+
+
+def test_the_bound_of_a_loop_is_its_own():
+    """A loop inside a bounded one, or beside it, is still of unknown length."""
+
+    def search(x, w):
+        return jax.lax.while_loop(lambda c: c.sum() < 1, lambda c: c @ w, x)
+
+    def fn(n, x, w):
+        x = loop_at_most(6, 0, n, lambda _, c: search(c, w), x)
+        return search(loop_at_most(5, n, 5, lambda _, c: c @ w, x), w)
+
+    n = shape(dtype="int32")
+    assert count_flops(fn, n, X, W) == (6 + 5 + 1) * ONE
+    whole = jax.vmap(lambda n, x, w: loop_at_most(7, 0, n, lambda _, c: c @ w, x), (0, 0, None))
+    assert count_flops(whole, shape(3, dtype="int32"), shape(3, 8, 16), W) == 3 * 7 * ONE
+
+
+def test_a_bounded_loop_computes_what_fori_loop_does():
+    for low, high in ((0, 5), (2, 5), (4, 4), (5, 2)):
+        body = lambda i, c: c * 3 + i  # noqa: E731
+        want = jax.lax.fori_loop(low, high, body, 1)
+        for wrap in (lambda f: f, jax.jit):
+            got = wrap(lambda a, b: loop_at_most(5, a, b, body, 1))(low, high)  # noqa: B023
+            assert int(got) == int(want)

@@ -14,6 +14,8 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from jaxlab.attention import blockwise_attention
+from jaxlab.loops import loop_at_most
 from sharding.hlo import Module
 from sharding.plan import aot_memory, compile_report, count_collectives
 from sharding.topology import CHIPS, chip_of, parse_topology, peak_flops
@@ -60,6 +62,31 @@ def test_loops_of_compiled_text_are_counted(length):
     assert sum(c.calls for c in found) == length
     assert {c.bytes for c in found} == {8 * 64 * 4} and {c.group for c in found} == {4}
     assert not module.unknown_loops
+
+
+def test_loops_that_name_their_bound_are_counted_in_compiled_text():
+    def module(most):
+        fn = lambda n, x, w: loop_at_most(most, 0, n, lambda _, c: c @ w, x)  # noqa: E731
+        return Module(compiled(fn, jnp.int32(1), jnp.ones((32, 32)), jnp.ones((32, 32))).as_text())
+
+    one, five, nine = map(module, (1, 5, 9))
+    step = (five.traffic() - one.traffic()) / 4
+    assert step >= 3 * 4 * 32 * 32  # reads x and w, writes x
+    assert nine.traffic() == one.traffic() + 8 * step
+    assert not nine.unknown_loops
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_no_loop_of_blockwise_attention_is_of_unknown_length(causal):
+    def layer(q, _):
+        y = blockwise_attention(q, q, q, causal=causal, window=20, block_q=16, block_k=16)
+        return q + y, None
+
+    layers = lambda q: jnp.sum(jax.lax.scan(layer, q, None, length=3)[0])  # noqa: E731
+    module = Module(compiled(jax.grad(layers), jnp.ones((1, 64, 2, 8))).as_text())
+    assert not module.unknown_loops
+    times = {n for i, _, n in module.walk() if i.op in ("dot", "fusion", "custom-call")}
+    assert 3 * 4 * 4 in times  # layers, blocks of queries, blocks of keys
 
 
 def test_traffic_of_a_copy_is_what_it_reads_and_writes():

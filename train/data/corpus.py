@@ -1,18 +1,24 @@
 """A tokenised corpus: one flat array of ids and where its documents begin, in memory or on disk."""
 
+import contextlib
 import dataclasses
+import fcntl
 import functools
 import hashlib
 import json
-import shutil
+import os
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
 from train.data.readers import find_files, read_documents
-from train.data.tokenizers import load_tokenizer, tokenizer_file
+from train.data.tokenizers import fingerprint, load_tokenizer
+
+# Bytes of files from which on tokenised text is kept on disk rather than in memory.
+LARGE = 64 << 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,23 +52,37 @@ class Corpus:
 
 @functools.lru_cache(maxsize=8)
 def load_corpus(files: tuple[str, ...], tokenizer: str, column: str, cache_dir: str) -> Corpus:
-    """Tokenises every document of `files` as [bos] ids [eos]; kept in `cache_dir` if it is given.
+    """Tokenises every document of `files` as [bos] ids [eos], in memory or into a cache on disk.
 
-    ValueError when there is no text at all, or a document cannot be tokenised.
+    The cache is `cache_dir`; where that is '', files of more than `LARGE` bytes together use
+    `default_cache()` and others none. Of many processes that share a cache one tokenises, in memory
+    that does not grow with the files, and the others wait. ValueError when there is no text at all,
+    a document cannot be tokenised, or the cache cannot be written.
     """
-    if not cache_dir:
-        return _tokenise(files, tokenizer, column)
-    folder = Path(cache_dir).expanduser() / _key(files, tokenizer, column)
+    cache = Path(cache_dir).expanduser() if cache_dir else None
+    if cache is None and _bytes(files) > LARGE:
+        cache = default_cache()
+    if cache is None:
+        return _in_memory(files, tokenizer, column)
+    folder = cache / _key(files, tokenizer, column)
     if not folder.is_dir():
-        _store(_tokenise(files, tokenizer, column), folder)
-    return Corpus(np.load(folder / "ids.npy", mmap_mode="r"), np.load(folder / "spans.npy"))
+        with _alone(cache, folder.name, cache_dir):
+            if not folder.is_dir():
+                _store(_documents(files, tokenizer, column), folder)
+    return _open(folder)
 
 
-def _tokenise(files: tuple[str, ...], name: str, column: str) -> Corpus:
+def default_cache() -> Path:
+    """jaxlab in $XDG_CACHE_HOME, which is ~/.cache where it is not set."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "jaxlab"
+
+
+def _documents(files: tuple[str, ...], name: str, column: str) -> Iterator[np.ndarray]:
+    """[bos] ids [eos] of every document that holds text, in the smallest type that fits."""
     tokenizer = load_tokenizer(name)
-    ends = [[] if t is None else [t] for t in (tokenizer.bos, tokenizer.eos)]
     dtype = np.min_scalar_type(tokenizer.vocab_size - 1)
-    parts, lengths = [], []
+    begin, end = (np.array([] if t is None else [t], dtype) for t in (tokenizer.bos, tokenizer.eos))
+    some = False
     for pattern in files:
         for where, text in read_documents(pattern, column):
             if not text:
@@ -71,16 +91,28 @@ def _tokenise(files: tuple[str, ...], name: str, column: str) -> Corpus:
                 ids = tokenizer.encode(text)
             except ValueError as error:
                 raise ValueError(f"{where}: {error}") from error
-            parts += [np.asarray(x, dtype) for x in (ends[0], ids, ends[1])]
-            lengths.append(len(ids) + len(ends[0]) + len(ends[1]))
-    if not lengths:
+            some = True
+            yield np.concatenate([begin, np.asarray(ids, dtype), end])
+    if not some:
         raise ValueError(f"source.files={list(files)}: there is no text in them")
-    stops = np.cumsum(lengths, dtype=np.int64)
-    return Corpus(np.concatenate(parts), np.stack([stops - lengths, stops], 1))
+
+
+def _in_memory(files: tuple[str, ...], tokenizer: str, column: str) -> Corpus:
+    parts = list(_documents(files, tokenizer, column))
+    return Corpus(np.concatenate(parts), _spans(np.cumsum([len(p) for p in parts])))
+
+
+def _spans(stops: np.ndarray) -> np.ndarray:
+    return np.stack([np.concatenate([[0], stops[:-1]]), stops], 1).astype(np.int64)
+
+
+def _bytes(files: tuple[str, ...]) -> int:
+    found = (find_files(f) for f in files if not f.startswith("builtin:"))
+    return sum(file.stat().length for group in found for file in group)
 
 
 def _key(files: tuple[str, ...], tokenizer: str, column: str) -> str:
-    """Hash of what the ids depend on: files by name, size and date, tokenizer by content."""
+    """Hash of what the ids depend on: files by name, size and date, the tokenizer by its contents."""
     listed = []
     for pattern in files:
         if pattern.startswith("builtin:"):
@@ -89,22 +121,57 @@ def _key(files: tuple[str, ...], tokenizer: str, column: str) -> str:
         for file in find_files(pattern):
             stat = file.stat()
             listed.append([str(file), stat.length, stat.mtime])
-    model = tokenizer_file(tokenizer)
-    digest = hashlib.sha256(model.read_bytes()).hexdigest() if model else "bytes"
-    return hashlib.sha256(json.dumps([listed, digest, column]).encode()).hexdigest()[:20]
+    what = [listed, fingerprint(tokenizer), column]
+    return hashlib.sha256(json.dumps(what).encode()).hexdigest()[:20]
 
 
-def _store(corpus: Corpus, folder: Path) -> None:
+@contextlib.contextmanager
+def _alone(cache: Path, name: str, asked: str) -> Iterator[None]:
+    """Waits until no other process writes `name` in the cache; ValueError if that is not writable.
+
+    The lock ends with its process, however that ends, so none is ever stale. Where a file system has
+    no locks the work may be done twice, with the same result.
+    """
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        lock = (cache / f"{name}.lock").open("w")
+    except OSError as error:
+        why = "" if asked else f" (the default for files of more than {LARGE >> 20} MiB)"
+        raise ValueError(
+            f"source.cache_dir={asked!r}: cannot write in {cache}{why}: {error.strerror}; "
+            "name a folder that can be written"
+        ) from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"waiting for another process to tokenise into {cache / name}", file=sys.stderr)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        except OSError:
+            pass
+        yield
+
+
+def _store(documents: Iterator[np.ndarray], folder: Path) -> None:
     """Writes beside and renames: a killed run leaves no half corpus; of two writers one wins."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix="writing-") as beside:
         half = Path(beside) / "corpus"
         half.mkdir()
-        np.save(half / "ids.npy", corpus.ids)
-        np.save(half / "spans.npy", corpus.spans)
+        total, dtype = 0, None
+        with (half / "ids").open("wb") as ids, (half / "stops").open("wb") as stops:
+            for document in documents:
+                total, dtype = total + len(document), document.dtype
+                ids.write(document.tobytes())
+                stops.write(np.int64(total).tobytes())
+        (half / "ids").rename(half / f"ids.{dtype}")
         try:
             half.rename(folder)
         except OSError:
             if not folder.is_dir():
                 raise
-            shutil.rmtree(half)
+
+
+def _open(folder: Path) -> Corpus:
+    (ids,) = folder.glob("ids.*")
+    stops = np.fromfile(folder / "stops", np.int64)
+    return Corpus(np.memmap(ids, ids.suffix[1:], "r"), _spans(stops))

@@ -141,7 +141,8 @@ class Stream:
         packed = grain.experimental.FirstFitPackIterDataset(
             mixed[process_index::process_count].to_iter_dataset(),
             length_struct={"tokens": seq_len, "targets": seq_len},
-            num_packing_bins=max(8, batch // process_count),
+            # A piece that fits in no open row closes them all: with many the emptier ones weigh less.
+            num_packing_bins=max(64, batch // process_count),
         )
         self._iterator = iter(packed.batch(batch // process_count))
 

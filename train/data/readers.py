@@ -10,11 +10,31 @@ from etils import epath
 
 TEXT = (".txt", ".md", ".rst")
 SUFFIXES = (*TEXT, ".jsonl", ".parquet", ".array_record")
+READ = f"{', '.join(SUFFIXES)} (text files may be .gz)"
 BUILTIN = "builtin:pydoc"
 
 
 def find_files(pattern: str) -> list[epath.Path]:
-    """Files matching a path or glob (local or gs://), sorted; FileNotFoundError if none does."""
+    """Files matching a path, folder or glob (local or gs://), sorted.
+
+    FileNotFoundError if there is none, ValueError for one that is not read, ImportError for gs://
+    without the package that reads it.
+    """
+    try:
+        found = _matches(pattern)
+    except ImportError as error:
+        if not pattern.startswith("gs://"):
+            raise
+        raise ImportError(
+            f"source.files: reading {pattern!r} needs: pip install 'jaxlab[gcs]'"
+        ) from error
+    for file in found:
+        if _kind(file) not in SUFFIXES:
+            raise ValueError(f"source.files: {file} ends in none of {READ}")
+    return found
+
+
+def _matches(pattern: str) -> list[epath.Path]:
     path = epath.Path(pattern).expanduser()
     if any(c in pattern for c in "*?["):
         parts = path.parts
@@ -23,15 +43,14 @@ def find_files(pattern: str) -> list[epath.Path]:
         found = sorted(p for p in base.glob("/".join(parts[first:])) if p.is_file())
     elif path.is_dir():
         found = sorted(p for p in path.iterdir() if p.is_file() and _kind(p) in SUFFIXES)
+        if not found:
+            raise FileNotFoundError(
+                f"source.files: the folder {pattern!r} holds no file whose name ends in one of {READ}"
+            )
     else:
         found = [path] if path.is_file() else []
     if not found:
         raise FileNotFoundError(f"source.files: nothing matches {pattern!r}")
-    for file in found:
-        if _kind(file) not in SUFFIXES:
-            raise ValueError(
-                f"source.files: {file} ends in none of {', '.join(SUFFIXES)} (text files may be .gz)"
-            )
     return found
 
 

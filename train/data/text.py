@@ -22,7 +22,9 @@ class Text:
     seq_len: Annotated[int, "tokens a row"] = 256
     packing: Annotated[str, "concat (resumes on any number of hosts) or first_fit"] = "concat"
     valid_fraction: Annotated[float, "of the documents held out for evaluation"] = 0.1
-    cache_dir: Annotated[str, "where to keep tokenised files, memory-mapped; '': in memory"] = ""
+    cache_dir: Annotated[
+        str, "keeps tokenised text, memory-mapped; '': ~/.cache/jaxlab above 64 MiB, else memory"
+    ] = ""
 
     def check(self, mesh_sizes: dict[str, int]) -> None:
         """ValueError naming the field that cannot work; reads no file."""

@@ -1,5 +1,6 @@
 """Tokenizers by name: bytes, or a Hugging Face tokenizer.json."""
 
+import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -59,7 +60,7 @@ class HuggingFace:
         except Exception as error:  # the library raises bare Exception
             raise ValueError(f"{file} is not a tokenizer.json: {error}") from error
         self.vocab_size = max(self._inner.get_vocab(with_added_tokens=True).values()) + 1
-        beside = file.parent / "tokenizer_config.json"
+        beside = _config(file)
         named = json.loads(beside.read_text()) if beside.is_file() else {}
         self.bos = self._special(named.get("bos_token"), BEGIN)
         self.eos = self._special(named.get("eos_token"), END)
@@ -86,6 +87,20 @@ def tokenizer_file(name: str) -> Path | None:
         return None
     path = Path(name)
     return path / "tokenizer.json" if path.is_dir() else path
+
+
+def _config(file: Path) -> Path:
+    """The file beside a tokenizer.json that names the tokens which begin and end a document."""
+    return file.parent / "tokenizer_config.json"
+
+
+def fingerprint(name: str) -> list[str]:
+    """What the ids of a tokenizer depend on: hashes of its files, or ['bytes']."""
+    file = tokenizer_file(name)
+    if file is None:
+        return [name]
+    read = [f.read_bytes() if f.is_file() else b"" for f in (file, _config(file))]
+    return [hashlib.sha256(content).hexdigest() for content in read]
 
 
 def load_tokenizer(name: str) -> Tokenizer:
