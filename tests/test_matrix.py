@@ -1,8 +1,8 @@
 """The composition matrix: model x objective x source x sharding. Each issue adds its rows.
 
 Every legal cell trains, saves, resumes to the same parameters and evaluates, on eight devices; an
-illegal one says why before anything is compiled. Every pair of choices stands in some cell; `slow`
-walks the whole product.
+illegal one says why before anything is compiled. Every pair of choices stands in some cell; of the
+other cells `slow` walks every third.
 """
 
 import dataclasses
@@ -106,8 +106,8 @@ def test_every_pair_of_choices(cell, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("cell", [c for c in WHOLE if c not in pairwise(WHOLE)], ids="+".join)
-def test_every_cell(cell, tmp_path):
+@pytest.mark.parametrize("cell", [c for c in WHOLE if c not in pairwise(WHOLE)][::3], ids="+".join)
+def test_other_cells(cell, tmp_path):
     walk(cell, tmp_path / "run")
 
 
