@@ -12,11 +12,8 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from train.run import FREE, Run, difference, load_run, to_json
-
-
-class RunFailed(RuntimeError):
-    """The run broke while it was running: a disk, a device or another process."""
+from train.errors import RunFailed
+from train.run import FREE, Run, difference, load_run, to_json, within
 
 
 @contextlib.contextmanager
@@ -44,9 +41,9 @@ def reconcile(run: Run, folder: Path, allow: tuple[str, ...]) -> None:
     changed = difference(load_run(folder), run)
     # With nothing but a step 0 (an imported model) only the model is settled.
     if any((folder / "checkpoints").glob("[1-9]*")):
-        fixed = [c for c in changed if not c[0].startswith((*FREE, *allow))]
+        fixed = [c for c in changed if not within(c[0], (*FREE, *allow))]
     else:
-        fixed = [c for c in changed if c[0].startswith("model.") and not c[0].startswith(FREE)]
+        fixed = [c for c in changed if within(c[0], ("model",)) and not within(c[0], FREE)]
     if fixed:
         lines = "\n".join(f"  {path}: {old!r} there, {new!r} now" for path, old, new in fixed[:20])
         raise ValueError(
