@@ -269,21 +269,22 @@ def _open_run(args: argparse.Namespace, assignments: list[str], evaluators: bool
     from train import trainer
     from train.checkpoint import Checkpoints
     from train.overrides import override
-    from train.run import EVALUATED, load_run, within
+    from train.run import EVALUATED, flatten, load_run, within
 
     folder, step = args.run, args.step
     run = load_run(folder)
     paths = [text.partition("=")[0] for text in assignments]
     override(run, assignments)
-    for path in paths:
-        if not within(path, EVALUATED):
-            raise ValueError(
-                f"{path} means nothing to `jaxlab {args.command}`; what does: {', '.join(EVALUATED)}"
-            )
+    strange = [path for path in paths if not within(path, EVALUATED)]
+    if strange:
+        here = [g for g in EVALUATED if any(within(field, [g]) for field in flatten(run))]
+        raise ValueError(
+            f"{strange[0]} means nothing to `jaxlab {args.command}`; what does: {', '.join(here)}"
+        )
     devices = start(args)
     shape = type(run.mesh)(data=1)
     if not any(within(path, ("mesh",)) for path in paths):
-        shape = _mesh_here(run.mesh, devices, jax.process_count())
+        shape = mesh_here(run.mesh, devices, jax.process_count())
     if not evaluators:
         run = dataclasses.replace(run, evaluators=())
     run = override(dataclasses.replace(run, mesh=shape), assignments).check(devices)
@@ -304,7 +305,7 @@ def _open_run(args: argparse.Namespace, assignments: list[str], evaluators: bool
     return run, program, got.state, got.step
 
 
-def _mesh_here(mesh: Any, devices: int, processes: int) -> Any:
+def mesh_here(mesh: Any, devices: int, processes: int) -> Any:
     """The run's own mesh where it fits; else one device, or with several processes all of them."""
     try:
         shape = mesh.resolve(devices)

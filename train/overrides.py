@@ -59,17 +59,14 @@ def _set(node: Any, keys: list[str], text: str, path: str, root: Any) -> Any:
 def _advice(path: str, keys: list[str], node: Any, root: Any) -> str:
     """What may have been meant by the first of `keys`, which is no field of `node`."""
     fields = [f.name for f in dataclasses.fields(node)]
+    paths: dict[str, list[str]] = {}
+    # A field of another group may have been written without its group.
+    for known, *_ in field_help(root):
+        paths.setdefault(known.rpartition(".")[2], []).append(known)
     before = path.split(".")[: -len(keys)]
-    near = difflib.get_close_matches(keys[0], fields, n=3, cutoff=0.5)
-    paths = [".".join([*before, name]) for name in near]
-    if not near:
-        # A field of another group, written without its group.
-        known = [row[0] for row in field_help(root)]
-        names = difflib.get_close_matches(
-            keys[-1], {k.rpartition(".")[2] for k in known}, n=3, cutoff=0.7
-        )
-        paths = [k for k in known if k.rpartition(".")[2] in names][:3]
-    meant = f"did you mean {' or '.join(paths)}? " if paths else ""
+    paths |= {name: [".".join([*before, name])] for name in fields}
+    near = difflib.get_close_matches(keys[-1], paths, n=1, cutoff=0.6)
+    meant = f"did you mean {' or '.join(paths[near[0]][:3])}? " if near else ""
     here = f"fields here: {', '.join(fields)}" if fields else f"{type(node).__name__} has no fields"
     return meant + here
 

@@ -138,7 +138,7 @@ def opening(run: Run, folder: Path, config: str) -> str:
     """The first line of a run, printed before anything is compiled."""
     device = jax.devices()[0]
     sizes = dataclasses.asdict(run.mesh).items()
-    mesh = " x ".join(f"{name}={size}" for name, size in sizes if size > 1) or "one device"
+    mesh = " x ".join(f"{name}={size}" for name, size in sizes if size > 1) or "of one"
     return (
         f"{config}: {jax.device_count()} x {device.device_kind}, mesh {mesh}, batch {run.batch}, "
         f"{run.steps} steps, in {folder}; compiling"
