@@ -132,7 +132,7 @@ WRONG = [
     ("vocab", "train tiny model.vocab=100", "does not match source.tokenizer='bytes'"),
     # the run directory
     ("full-disk", "train tiny model.mlp=4000000000000", "MiB free, one checkpoint needs"),
-    ("read-only", "train tiny --run-dir /proc/jaxlab", "--run-dir /proc/jaxlab cannot be written"),
+    ("read-only", "train tiny --run-dir /proc/jaxlab", "--run-dir /proc/jaxlab: /proc cannot be written"),
     ("cache", "train tiny source.cache_dir=/proc/x", "source.cache_dir=/proc/x cannot be written"),
     ("run-dir-file", "train tiny --run-dir file", "--run-dir file: file is a file, not a folder"),
     ("run-dir-below", "train tiny --run-dir file/a", "--run-dir file/a: file is a file, not a"),

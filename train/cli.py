@@ -7,6 +7,7 @@ import json
 import os
 import shlex
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Callable, Mapping
@@ -124,13 +125,13 @@ def train(args: argparse.Namespace, presets: Mapping[str, Preset]) -> int:
     check_fields(run, args.allow, "--allow")
     is_run = args.config not in presets
     folder = args.run_dir or (Path(args.config) if is_run else Path("runs") / args.config)
-    _check_folder(folder)
     run = run.check(start(args))
     if args.plan:
         from train.report import plan
 
         print(plan(run))
         return OK
+    _check_folder(folder, args.fresh)
     import jax
 
     from train import trainer
@@ -162,12 +163,22 @@ def train(args: argparse.Namespace, presets: Mapping[str, Preset]) -> int:
     return outcome.code
 
 
-def _check_folder(folder: Path) -> None:
-    """ValueError when a file lies where the run directory, or a folder above it, should be."""
-    file = next((p for p in (folder, *folder.parents) if p.is_file()), None)
+def _check_folder(folder: Path, fresh: bool) -> None:
+    """ValueError, naming --run-dir, where no run can be written or gone on with."""
+    above = (folder, *folder.parents)
+    file = next((p for p in above if p.is_file()), None)
     if file is not None:
         raise ValueError(f"--run-dir {folder}: {file} is a file, not a folder")
-    if (folder / "checkpoints").is_dir() and not (folder / "config.json").is_file():
+    there = next(p for p in above if p.is_dir())
+    try:
+        # A file without a name: nothing of it is seen.
+        with tempfile.TemporaryFile(dir=there):
+            pass
+    except OSError as error:
+        raise ValueError(
+            f"--run-dir {folder}: {there} cannot be written ({error.strerror})"
+        ) from error
+    if (folder / "checkpoints").is_dir() and not (fresh or (folder / "config.json").is_file()):
         raise ValueError(
             f"--run-dir {folder} has checkpoints but no config.json: put it back from a copy, or set all "
             f"of it aside with --fresh"
