@@ -7,10 +7,12 @@ import json
 import os
 import shlex
 import shutil
+import socket
 import subprocess
 import sys
 import time
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import jax
@@ -21,8 +23,10 @@ from configs import presets
 from sharding.mesh import MeshShape
 from train.arguments import parse
 from train.checkpoint import Checkpoints
-from train.cli import Preset, main, mesh_here, quiet_libtpu
+from train.cli import Preset, main
+from train.devices import quiet_libtpu
 from train.errors import RunFailed
+from train.folders import mesh_here
 from train.metrics import plot_loss
 from train.report import program_name, summary
 from train.run import FREE, load_run, within
@@ -372,6 +376,30 @@ def test_eval_takes_the_mesh_of_the_run_where_it_fits():
     assert mesh_here(own, devices=8, processes=1) == own
     assert mesh_here(own, devices=2, processes=1) == MeshShape(data=1)
     assert mesh_here(own, devices=8, processes=2) == MeshShape(data=-1)
+
+
+@pytest.mark.multiprocess
+def test_eval_by_two_processes_is_eval_by_one(place):
+    """The run was of eight devices; the four there are share its rows."""
+    with socket.socket() as held:
+        held.bind(("", 0))
+        address = f"127.0.0.1:{held.getsockname()[1]}"
+    fields = ("evaluators.0.batches=1",)
+    with ThreadPoolExecutor(2) as pool:
+        both = [
+            pool.submit(
+                jaxlab, "eval", "run", *fields, "--coordinator", address, "--processes", 2,
+                "--process-id", i, cwd=place, devices=2,
+            )
+            for i in range(2)
+        ]  # fmt: skip
+        first, second = (process.result() for process in both)
+    assert first.returncode == second.returncode == 0, first.stderr + second.stderr
+    one = jaxlab("eval", "run", *fields, cwd=place, devices=1).stdout
+    # The collectives of the CPU print lines of their own.
+    assert '"valid/loss"' not in second.stdout
+    found = json.loads(first.stdout[first.stdout.index("{\n") :])
+    assert found == pytest.approx(json.loads(one), abs=1e-5)
 
 
 def test_only_the_parameters_are_read(place):

@@ -1,22 +1,20 @@
 """The `jaxlab` command: parses, checks and reports; the work is done elsewhere."""
 
 import argparse
-import dataclasses
 import difflib
 import json
 import os
-import shlex
 import sys
-import tempfile
 import time
 import traceback
 from collections.abc import Callable, Mapping
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from train.arguments import parse
+from train.devices import quiet_libtpu, start
 from train.errors import NoUsableCheckpoint, RunFailed
+from train.folders import blame, check_folder, open_run
 
 # Exit codes, also listed in docs/running.md.
 OK, USAGE, FAILED, INTERRUPTED = 0, 2, 74, 130
@@ -79,16 +77,6 @@ def _failure(command: str, error: RuntimeError) -> str:
     return f"{command} failed: {why} (--debug shows where)"
 
 
-def quiet_libtpu() -> None:
-    """Keeps JAX from looking for TPUs where libtpu is only there to compile for them."""
-    # CUDA's and ROCm's packages of any version lie in the namespace package jax_plugins.
-    others = find_spec("jax_plugins")
-    if "JAX_PLATFORMS" in os.environ or find_spec("libtpu") is None or others:
-        return
-    if not any(Path("/dev").glob("accel*")) and not any(Path("/dev/vfio").glob("[0-9]*")):
-        os.environ["JAX_PLATFORMS"] = "cpu"
-
-
 def _fail(text: str, code: int) -> int:
     print(f"jaxlab: {text}", file=sys.stderr)
     return code
@@ -98,7 +86,7 @@ def resolve(presets: Mapping[str, Preset], name: str, assignments: list[str]) ->
     """The configuration `name` with overrides applied."""
     from train.overrides import override
 
-    if name not in presets and (Path(name) / "config.json").is_file():
+    if name not in presets and Path(name).is_dir():
         from train.run import load_run
 
         return override(load_run(Path(name)), assignments)
@@ -131,7 +119,7 @@ def train(args: argparse.Namespace, presets: Mapping[str, Preset]) -> int:
 
         print(plan(run))
         return OK
-    _check_folder(folder, args.fresh)
+    check_folder(folder, args.fresh)
     import jax
 
     from train import trainer
@@ -156,45 +144,11 @@ def train(args: argparse.Namespace, presets: Mapping[str, Preset]) -> int:
             f"{error}; put one back from a copy, or set the run aside and start anew with --fresh"
         ) from error
     except OSError as error:
-        raise _blame(error, run, folder) from error
+        raise blame(error, run, folder) from error
     if first and outcome.code == trainer.DONE:
         seconds = time.perf_counter() - begin
         print(summary(run, folder, args.config, args.overrides, outcome, seconds))
     return outcome.code
-
-
-def _check_folder(folder: Path, fresh: bool) -> None:
-    """ValueError, naming --run-dir, where no run can be written or gone on with."""
-    above = (folder, *folder.parents)
-    file = next((p for p in above if p.is_file()), None)
-    if file is not None:
-        raise ValueError(f"--run-dir {folder}: {file} is a file, not a folder")
-    there = next(p for p in above if p.is_dir())
-    try:
-        # A file without a name: nothing of it is seen.
-        with tempfile.TemporaryFile(dir=there):
-            pass
-    except OSError as error:
-        raise ValueError(
-            f"--run-dir {folder}: {there} cannot be written ({error.strerror})"
-        ) from error
-    if (folder / "checkpoints").is_dir() and not (fresh or (folder / "config.json").is_file()):
-        raise ValueError(
-            f"--run-dir {folder} has checkpoints but no config.json: put it back from a copy, or set all "
-            f"of it aside with --fresh"
-        )
-
-
-def _blame(error: OSError, run: Any, folder: Path) -> OSError:
-    """The error with the argument that names the place where it happened."""
-    if not error.filename:
-        return error
-    at = Path(error.filename)
-    cache = getattr(run.source, "cache_dir", "")
-    for name, place in ((f"source.cache_dir={cache}", cache), (f"--run-dir {folder}", folder)):
-        if place and (at.is_relative_to(place) or Path(place).is_relative_to(at)):
-            return OSError(f"{name} cannot be written: {error.strerror}")
-    return error
 
 
 def _profile_range(text: str | None, steps: int) -> tuple[int, int] | None:
@@ -233,103 +187,9 @@ def _print_fields(run: Any) -> int:
     return OK
 
 
-def start(args: argparse.Namespace) -> int:
-    """Joins the other processes, if there are any, and counts the devices: JAX starts here.
-
-    ValueError when there are none of the kind that JAX_PLATFORMS asks for.
-    """
-    _join_cluster(args)
-    import jax
-
-    try:
-        return jax.device_count()
-    except RuntimeError as error:
-        asked = os.environ.get("JAX_PLATFORMS", "")
-        why = str(error).strip().splitlines()[0]
-        raise ValueError(f"no device to run on, JAX_PLATFORMS={asked!r}: {why}") from error
-
-
-def _join_cluster(args: argparse.Namespace) -> None:
-    if "coordinator" not in args:
-        return
-    named = (args.coordinator, args.processes, args.process_id)
-    if any(v is not None for v in named):
-        if any(v is None for v in named):
-            raise ValueError("--coordinator, --processes and --process-id belong together")
-        host, _, port = args.coordinator.rpartition(":")
-        if not host or not port.isdigit():
-            raise ValueError(f"--coordinator {args.coordinator!r} must look like HOST:PORT")
-        if not 0 <= args.process_id < args.processes:
-            raise ValueError(
-                f"--process-id {args.process_id} must be in 0..{args.processes - 1} (--processes)"
-            )
-    elif not args.distributed:
-        return
-    import jax
-
-    # A dead process is noticed after this many seconds; the others then end.
-    jax.distributed.initialize(
-        args.coordinator, args.processes, args.process_id, heartbeat_timeout_seconds=30
-    )
-
-
-def _open_run(args: argparse.Namespace, assignments: list[str], evaluators: bool):
-    """Run, program, parameters and step of a run directory; nothing but the parameters is read."""
-    import jax
-
-    from train import trainer
-    from train.checkpoint import Checkpoints
-    from train.overrides import override
-    from train.run import EVALUATED, flatten, load_run, within
-
-    folder, step = args.run, args.step
-    run = load_run(folder)
-    paths = [text.partition("=")[0] for text in assignments]
-    override(run, assignments)
-    strange = [path for path in paths if not within(path, EVALUATED)]
-    if strange:
-        here = [g for g in EVALUATED if any(within(field, [g]) for field in flatten(run))]
-        raise ValueError(
-            f"{strange[0]} means nothing to `jaxlab {args.command}`; what does: {', '.join(here)}"
-        )
-    devices = start(args)
-    shape = type(run.mesh)(data=1)
-    if not any(within(path, ("mesh",)) for path in paths):
-        shape = mesh_here(run.mesh, devices, jax.process_count())
-    if not evaluators:
-        run = dataclasses.replace(run, evaluators=())
-    run = override(dataclasses.replace(run, mesh=shape), assignments).check(devices)
-    checkpoints = Checkpoints(folder / "checkpoints", read_only=True)
-    if step is not None and step not in checkpoints.steps():
-        raise ValueError(f"--step {step}: {folder} has checkpoints of steps {checkpoints.steps()}")
-    program = trainer.build(run)
-    only = "ema" if run.optimizer.ema else "params"
-    try:
-        got = checkpoints.restore(program.state, step, only=only)
-    except NoUsableCheckpoint as error:
-        raise ValueError(
-            f"{error}; jaxlab train {shlex.quote(str(folder))} makes one, or put one back from a copy"
-        ) from error
-    for at, why in got.rejected.items():
-        print(f"jaxlab: checkpoint step {at} passed over: {why}", file=sys.stderr)
-    checkpoints.close()
-    return run, program, got.state, got.step
-
-
-def mesh_here(mesh: Any, devices: int, processes: int) -> Any:
-    """The run's own mesh where it fits; else one device, or with several processes all of them."""
-    try:
-        shape = mesh.resolve(devices)
-    except ValueError:
-        shape = None
-    if shape is not None and (processes == 1 or shape.size == devices):
-        return shape
-    return type(mesh)(data=1 if processes == 1 else -1)
-
-
 def evaluate(args: argparse.Namespace, presets: Mapping[str, Preset]) -> int:
     """`jaxlab eval`."""
-    run, program, params, step = _open_run(args, args.overrides, evaluators=True)
+    run, program, params, step = open_run(args, args.overrides, evaluators=True)
     import jax
 
     from train.evaluate import Scene
@@ -359,7 +219,7 @@ def sample(args: argparse.Namespace, presets: Mapping[str, Preset]) -> int:
     if "" in args.stop:
         raise ValueError("--stop '' must not be empty")
     sampling = Sampling(args.temperature, args.top_k, args.top_p, args.min_p).check()
-    run, program, params, _ = _open_run(args, [], evaluators=False)
+    run, program, params, _ = open_run(args, [], evaluators=False)
     if not hasattr(run.source, "tokenizer"):
         raise ValueError(f"{args.run} is not a run on text: it has no source.tokenizer")
     import jax
