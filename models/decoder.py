@@ -56,6 +56,10 @@ class DecoderConfig:
         for name in ("vocab", "layers", "d_model", "heads", "kv_heads", "head_dim", "mlp"):
             if getattr(self, name) < 1:
                 raise ValueError(f"model.{name}={getattr(self, name)} must be at least 1")
+        if not 1 < self.rope_theta < float("inf"):
+            raise ValueError(f"model.rope_theta={self.rope_theta} must be finite and above 1")
+        if not 0 < self.norm_eps < float("inf"):
+            raise ValueError(f"model.norm_eps={self.norm_eps} must be finite and above 0")
         if self.heads % self.kv_heads:
             legal = [n for n in range(1, self.heads + 1) if self.heads % n == 0]
             raise ValueError(

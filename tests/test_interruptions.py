@@ -48,8 +48,10 @@ def start(folder, *args, devices=1, log=None):
     if log:
         env["ROW_LOG"] = str(log)
         command = [sys.executable, str(ROOT / "tests" / "worker.py")]
+    given = {word.partition("=")[0] for word in args}
+    defaults = [word for word in SMALL if word.partition("=")[0] not in given]
     process = subprocess.Popen(
-        [*command, "train", *SMALL, "--run-dir", str(folder), *args],
+        [*command, "train", *defaults, "--run-dir", str(folder), *args],
         env=env, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, cwd=folder.parent,
     )  # fmt: skip
     STARTED.append(process)

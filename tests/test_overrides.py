@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 import pytest
 
 from configs import presets
-from train.overrides import field_help, override
+from train.overrides import check_fields, describe, field_help, override, spell
 from train.run import difference, flatten, from_json, load_run, to_json
 
 
@@ -18,6 +18,11 @@ class Inner:
 
 
 @dataclasses.dataclass(frozen=True)
+class Empty:
+    pass
+
+
+@dataclasses.dataclass(frozen=True)
 class Outer:
     inner: Inner = Inner()
     parts: tuple[Inner, ...] = (Inner(), Inner(0.2))
@@ -25,6 +30,7 @@ class Outer:
     on: bool = True
     names: tuple[str, ...] = ()
     limit: int | None = None
+    empty: Empty = Empty()
 
 
 @pytest.mark.parametrize(
@@ -53,7 +59,12 @@ def test_values_are_parsed_by_the_type_of_their_field(text, path, expected):
     "text, message",
     [
         ("sise=3", "did you mean size"),
-        ("inner.rat=3", "did you mean rate"),
+        ("inner.rat=3", "did you mean inner.rate"),
+        ("rat=3", "did you mean inner.rate or parts.0.rate or parts.1.rate"),
+        ("inner.rate=inf", "inner.rate=inf must be finite"),
+        ("inner.rate=nan", "must be finite"),
+        ("parts.0.empty=1", "fields here: rate, kind"),
+        ("empty.x=1", "Empty has no fields"),
         ("size=x", "'x' is not an integer"),
         ("size=1.5", "not an integer"),
         ("inner.rate=fast", "not a number"),
@@ -71,6 +82,20 @@ def test_mistakes_name_the_field_and_what_is_allowed(text, message):
         override(Outer(), [text])
 
 
+def test_a_field_set_twice_is_refused():
+    with pytest.raises(ValueError, match="size is given twice: size=3 and size=4"):
+        override(Outer(), ["size=3", "on=true", "size=4"])
+
+
+def test_values_and_types_are_shown_as_one_would_type_them():
+    assert spell(("a", "b")) == "a,b" and spell(None) == "none" and spell(True) == "true"
+    assert describe(tuple[float, ...]) == "list of numbers, comma-separated"
+    with pytest.raises(ValueError, match=r"^--allow sise: .*did you mean size"):
+        check_fields(Outer(), ["sise"], "--allow")
+    with pytest.raises(ValueError, match="it starts inner, parts"):
+        check_fields(Outer(), ["qqq"], "--allow")
+
+
 @pytest.mark.parametrize("name", presets())
 def test_every_preset_survives_json_and_documents_every_field(name):
     run = presets()[name].make()
@@ -79,7 +104,7 @@ def test_every_preset_survives_json_and_documents_every_field(name):
     rows = field_help(run)
     assert all(text for _, _, _, text in rows), [r for r in rows if not r[3]]
     for path, _, value, _ in rows:
-        if value not in ("()",) and "(" not in value:
+        if "(" not in value:
             assert override(run, [f"{path}={value}"]) == run
 
 

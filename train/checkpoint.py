@@ -16,6 +16,7 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 from jaxtyping import Array, UInt32
 
+from train.errors import NoUsableCheckpoint
 from train.processes import all_agree, all_or_none
 
 # What fails is raised here as well; their logs, from other threads, are tracebacks of it. Of a damaged
@@ -151,20 +152,21 @@ class Checkpoints:
         """Shapes and types of a saved state, without reading the arrays."""
         return self.manager.item_metadata(step).state
 
-    def restore(self, abstract: Any, step: int | None = None) -> Restored:
+    def restore(self, abstract: Any, step: int | None = None, only: str | None = None) -> Restored:
         """The newest step that reads and verifies (or exactly `step`), placed as `abstract` asks.
 
         `abstract` gives shape, type and sharding of every leaf; another mesh or floating type than
         at saving is fine. Of a checkpoint saved as a dict of some of its fields (`parts` in the
-        metadata) that dict comes back. Newer steps that are damaged are set aside once an older one
+        metadata) that dict comes back; with `only` (params, ema) that field alone is read and comes
+        back. Newer steps that are damaged are set aside once an older one
         is found to be good. ValueError when the checkpoint is of another model,
-        FileNotFoundError when no step is usable; both change nothing.
+        NoUsableCheckpoint when no step is usable; both change nothing.
         """
         rejected: dict[int, str] = {}
         for candidate in [step] if step is not None else reversed(self.steps()):
             error, got = None, None
             try:
-                got = self._read(abstract, candidate)
+                got = self._read(abstract, candidate, only)
             except (StructureError, PermissionError, MemoryError):
                 raise
             except Exception as caught:  # Orbax, TensorStore and JSON each raise their own
@@ -178,14 +180,13 @@ class Checkpoints:
                 return Restored(got[0], candidate, got[1], rejected)
             rejected[candidate] = error or "unreadable on another process"
         names = "; ".join(f"step {s} {why}" for s, why in rejected.items())
-        raise FileNotFoundError(
-            f"no usable checkpoint in {self.folder} ({names or 'it has none'}): nothing was changed; "
-            f"--fresh sets such a run aside and starts anew"
+        raise NoUsableCheckpoint(
+            f"no usable checkpoint in {self.folder} ({names or 'it has none'}): nothing was changed"
         )
 
-    def _read(self, abstract: Any, step: int) -> tuple[Any, dict[str, Any]]:
+    def _read(self, abstract: Any, step: int, only: str | None) -> tuple[Any, dict[str, Any]]:
         meta, tree = self.meta(step), self.shapes(step)
-        if meta.get("parts"):
+        if meta.get("parts") and not isinstance(abstract, dict):
             abstract = {name: getattr(abstract, name) for name in meta["parts"]}
         saved = dict(zip(_paths(tree), jax.tree.leaves(tree), strict=True))
         names, leaves = _paths(abstract), jax.tree.leaves(abstract)
@@ -203,21 +204,40 @@ class Checkpoints:
             raise StructureError(
                 f"checkpoint step {step} is of another model: {'; '.join(problems[:6])}{more}"
             )
+        if only is not None:
+            parts = abstract if isinstance(abstract, dict) else abstract._asdict()
+            # What was imported has no average yet; the parameters are where it will start.
+            only = only if only in parts else "params"
+            abstract = {only: parts[only]}
+            names, leaves = _paths(abstract), jax.tree.leaves(abstract)
         # Read in the saved type: the fingerprint is of its bits; cast after the check.
         as_saved = [
             jax.ShapeDtypeStruct(a.shape, saved[n].dtype, sharding=a.sharding)
             for n, a in zip(names, leaves, strict=True)
         ]
         as_saved = jax.tree.unflatten(jax.tree.structure(abstract), as_saved)
-        args = ocp.args.Composite(state=ocp.args.StandardRestore(as_saved))
         # Checksums communicate: no process may be missing.
         with all_or_none():
-            state = self.manager.restore(step, args=args)["state"]
+            if only is None:
+                args = ocp.args.Composite(state=ocp.args.StandardRestore(as_saved))
+                state = self.manager.restore(step, args=args)["state"]
+            else:
+                state = self._read_part(step, as_saved)
         sums = np.asarray(fingerprint(state))
         bad = [n for n, s in zip(names, sums, strict=True) if meta["fingerprint"][n] != int(s)]
         if bad:
             raise ValueError(f"the bytes of {', '.join(bad[:3])} are not the ones that were saved")
-        return jax.tree.map(lambda x, a: x.astype(a.dtype), state, abstract), meta
+        state = jax.tree.map(lambda x, a: x.astype(a.dtype), state, abstract)
+        return state if only is None else state[only], meta
+
+    def _read_part(self, step: int, part: dict[str, Any]) -> dict[str, Any]:
+        args = ocp.args.PyTreeRestore(
+            part,
+            restore_args=ocp.checkpoint_utils.construct_restore_args(part),
+            partial_restore=True,
+        )
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+            return reader.restore(self.folder / str(step) / "state", args=args)
 
     def _set_aside(self, steps: list[int]) -> None:
         self.close()

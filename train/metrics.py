@@ -3,6 +3,7 @@
 import json
 import math
 import time
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,9 @@ class Recorder:
 
     def __init__(self, folder: Path, total: int, active: bool, quiet: bool = False):
         self.folder, self.active = folder, active
-        self.console = Console(stderr=True, quiet=quiet or not active, highlight=False)
+        self.console = Console(
+            stderr=True, quiet=quiet or not active, highlight=False, markup=False
+        )
         self._file = self._board = self._bar = None
         if not active:
             return
@@ -76,7 +79,8 @@ class Recorder:
     def warn(self, text: str) -> None:
         """Prints what has gone wrong, on the first process; `quiet` does not silence it."""
         if self.active:
-            Console(stderr=True, highlight=False).print(text, style="bold red", soft_wrap=True)
+            console = Console(stderr=True, highlight=False, markup=False)
+            console.print(text, style="bold red", soft_wrap=True)
 
     def close(self) -> None:
         """Flushes and closes every view."""
@@ -133,11 +137,15 @@ def plot_loss(folder: Path) -> Path | None:
             axes.axhline(values[-1], ls=style, color="#718096", label=f"bigram {values[-1]:.3f}")
         elif at:
             axes.plot(at, values, style, label=f"valid {values[-1]:.3f}", color="#c05621")
-    axes.set(xlabel="step", ylabel="loss (nats per token)", title=folder.name)
+    axes.set(xlabel="step", ylabel="loss (nats per token)")
+    axes.set_title(folder.name, parse_math=False)
     axes.grid(alpha=0.3)
     axes.legend()
     path = folder / "loss.png"
-    figure.savefig(path, dpi=120)
+    with warnings.catch_warnings():
+        # The name of the folder may be in letters that the font has not.
+        warnings.filterwarnings("ignore", "Glyph .* missing", UserWarning)
+        figure.savefig(path, dpi=120)
     return path
 
 

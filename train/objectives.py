@@ -52,6 +52,8 @@ class NextToken:
         return loss, metrics | ({"z_loss": (loss - nll, count)} if self.z_loss else {})
 
     def check(self, model, source) -> None:
+        if not 0 <= self.z_loss < float("inf"):
+            raise ValueError(f"objective.z_loss={self.z_loss} must be finite and >= 0")
         if not hasattr(model, "vocab"):
             raise ValueError(f"objective next-token needs a language model, got {model}")
         needed = source.vocab_size()

@@ -7,6 +7,7 @@ A field that holds one of several dataclasses, or none, takes a class name (its 
 import ast
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from typing import Any, Literal
@@ -14,23 +15,27 @@ from typing import Any, Literal
 
 def override(config: Any, assignments: list[str]) -> Any:
     """`config` with every "path=value" applied; ValueError names the nearest valid field or value."""
+    given: dict[str, str] = {}
     for text in assignments:
         path, sep, value = text.partition("=")
         if not sep or not path:
             raise ValueError(
                 f"override {text!r} must look like field=value, e.g. optimizer.lr=1e-3"
             )
-        config = _set(config, path.split("."), value, path)
+        if path in given:
+            raise ValueError(f"{path} is given twice: {path}={given[path]} and {text}")
+        given[path] = value
+        config = _set(config, path.split("."), value, path, config)
     return config
 
 
-def _set(node: Any, keys: list[str], text: str, path: str) -> Any:
+def _set(node: Any, keys: list[str], text: str, path: str, root: Any) -> Any:
     key, rest = keys[0], keys[1:]
     if isinstance(node, tuple):
         if not key.isdigit() or int(key) >= len(node):
             raise ValueError(f"{path}: {key!r} is not an index below {len(node)}")
         items = list(node)
-        items[int(key)] = _set(items[int(key)], rest, text, path)
+        items[int(key)] = _set(items[int(key)], rest, text, path, root)
         return tuple(items)
     if node is None:
         raise ValueError(
@@ -40,17 +45,30 @@ def _set(node: Any, keys: list[str], text: str, path: str) -> Any:
         raise ValueError(f"{path}: {type(node).__name__} has no field {key!r}")
     fields = [f.name for f in dataclasses.fields(node)]
     if key not in fields:
-        near = difflib.get_close_matches(key, fields, n=3, cutoff=0.5)
-        hint = f"did you mean {' or '.join(near)}? " if near else ""
-        raise ValueError(f"unknown field {path!r}: {hint}fields here: {', '.join(fields)}")
+        raise ValueError(f"unknown field {path!r}: {_advice(path, keys, node, root)}")
     old = getattr(node, key)
     if rest:
-        return dataclasses.replace(node, **{key: _set(old, rest, text, path)})
+        return dataclasses.replace(node, **{key: _set(old, rest, text, path, root)})
     hint = _hint(node, key)
     if dataclasses.is_dataclass(old) and not _choices(hint):
         inner = ", ".join(f"{path}.{f.name}" for f in dataclasses.fields(old))
         raise ValueError(f"{path} is a group of fields, set one of: {inner}")
     return dataclasses.replace(node, **{key: parse(text, hint, path)})
+
+
+def _advice(path: str, keys: list[str], node: Any, root: Any) -> str:
+    """What may have been meant by the first of `keys`, which is no field of `node`."""
+    fields = [f.name for f in dataclasses.fields(node)]
+    paths: dict[str, list[str]] = {}
+    # A field of another group may have been written without its group.
+    for known, *_ in field_help(root):
+        paths.setdefault(known.rpartition(".")[2], []).append(known)
+    before = path.split(".")[: -len(keys)]
+    paths |= {name: [".".join([*before, name])] for name in fields}
+    near = difflib.get_close_matches(keys[-1], paths, n=1, cutoff=0.6)
+    meant = f"did you mean {' or '.join(paths[near[0]][:3])}? " if near else ""
+    here = f"fields here: {', '.join(fields)}" if fields else f"{type(node).__name__} has no fields"
+    return meant + here
 
 
 def _choices(hint: Any) -> list[Any]:
@@ -102,26 +120,34 @@ def parse(text: str, hint: Any, path: str) -> Any:
     if origin is tuple:
         parts = [p for p in text.strip("()[]").split(",") if p.strip()]
         return tuple(parse(p.strip().strip("'\""), args[0], path) for p in parts)
+    if hint is float:
+        try:
+            number = float(text)
+        except ValueError:
+            raise wrong from None
+        if not math.isfinite(number):
+            raise ValueError(f"{path}={text} must be finite")
+        return number
     try:
         value = ast.literal_eval(text)
     except (ValueError, SyntaxError):
         raise wrong from None
-    if hint is float and type(value) in (int, float):
-        return float(value)
     if hint is int and (type(value) is int or (type(value) is float and value.is_integer())):
         return int(value)
     raise wrong
 
 
-def check_fields(config: Any, paths: list[str]) -> None:
-    """ValueError unless each of `paths` is a field, or a group of fields, of `config`."""
+def check_fields(config: Any, paths: list[str], what: str) -> None:
+    """ValueError, beginning with `what`, unless each of `paths` is a field or group of `config`."""
     known = [row[0] for row in field_help(config)]
     for path in paths:
         if not any(k == path or k.startswith(path + ".") for k in known):
             near = difflib.get_close_matches(path, known, n=3, cutoff=0.5)
-            raise ValueError(
-                f"no field {path!r}" + (f": did you mean {' or '.join(near)}?" if near else "")
+            groups = [f.name for f in dataclasses.fields(config)]
+            hint = (
+                f"did you mean {' or '.join(near)}?" if near else f"it starts {', '.join(groups)}"
             )
+            raise ValueError(f"{what} {path}: there is no such field; {hint}")
 
 
 def describe(hint: Any) -> str:
@@ -134,7 +160,8 @@ def describe(hint: Any) -> str:
     if origin in (typing.Union, types.UnionType):
         return " or ".join(describe(a) for a in args)
     if origin is tuple:
-        return f"list of {describe(args[0])}, comma-separated" if args else "list"
+        many = {int: "integers", float: "numbers", str: "texts"}.get(args[0], describe(args[0]))
+        return f"list of {many}, comma-separated"
     return {
         int: "an integer",
         float: "a number",
@@ -142,6 +169,13 @@ def describe(hint: Any) -> str:
         str: "text",
         type(None): "none",
     }.get(hint, getattr(hint, "__name__", str(hint)))
+
+
+def spell(value: Any) -> str:
+    """A value as one would type it: (1, 2) -> '1,2', None -> 'none', True -> 'true'."""
+    if isinstance(value, tuple):
+        return ",".join(map(spell, value))
+    return str(value).lower() if value is None or isinstance(value, bool) else str(value)
 
 
 def field_help(config: Any, prefix: str = "") -> list[tuple[str, str, str, str]]:
@@ -161,5 +195,5 @@ def field_help(config: Any, prefix: str = "") -> list[tuple[str, str, str, str]]
             hint = hints[field.name]
             annotated = typing.get_origin(hint) is typing.Annotated
             text = typing.get_args(hint)[1] if annotated else ""
-            rows.append((path, describe(hint), str(value), text))
+            rows.append((path, describe(hint), spell(value), text))
     return rows

@@ -2,6 +2,10 @@
 
 import dataclasses
 import math
+import os
+import shlex
+import shutil
+import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -90,31 +94,78 @@ def compile_for(run: Run, topology: str) -> str:
     return f"{head}\n{format_report(report)}"
 
 
-def describe_checkpoint(path: Path) -> str:
-    """Tree, shapes, step and configuration of a checkpoint."""
-    from train.checkpoint import Checkpoints
-
-    folder, step = path, None
+def locate(path: Path) -> tuple[Path, int | None]:
+    """Run directory and step that `path` means: RUN, RUN/checkpoints or RUN/checkpoints/STEP."""
+    if path.is_file():
+        raise ValueError(f"{path} is a file, not a run directory")
     if path.name.isdigit() and path.parent.name == "checkpoints":
-        folder, step = path.parent.parent, int(path.name)
+        return path.parent.parent, int(path.name)
+    return (path.parent if path.name == "checkpoints" else path), None
+
+
+def describe_checkpoint(path: Path, verify: bool = False) -> str:
+    """Tree, shapes, step and configuration of a checkpoint; `verify` reads it and checks its sums."""
+    from train.checkpoint import Checkpoints
+    from train.run import flatten
+
+    folder, step = locate(path)
     checkpoints = Checkpoints(folder / "checkpoints", read_only=True)
     steps = checkpoints.steps()
     if not steps or (step is not None and step not in steps):
         raise FileNotFoundError(f"no checkpoint at {path}; steps in {folder}: {steps}")
     step = steps[-1] if step is None else step
-    meta, tree = checkpoints.meta(step), checkpoints.shapes(step)
+    verified = "its checksums were not compared (--verify)"
+    try:
+        meta, tree = checkpoints.meta(step), checkpoints.shapes(step)
+        if verify:
+            one = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+            give = lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=one)  # noqa: E731
+            checkpoints.restore(jax.tree.map(give, tree.tree), step)
+            verified = "all its checksums are right"
+    except Exception as error:  # Orbax, TensorStore and JSON each raise their own
+        why = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+        raise ValueError(f"{checkpoints.folder / str(step)} is damaged: {why}") from error
     checkpoints.close()
-    from train.run import flatten
-
     size = sum(math.prod(a.shape) * a.dtype.itemsize for a in jax.tree.leaves(tree))
     config = [f"  {k} = {v}" for k, v in flatten(meta["config"]).items() if not k.endswith("type")]
     return "\n".join([
-        f"{folder}: step {step} of steps {steps}, {human(size)}",
+        f"{folder}: step {step} of steps {steps}, {human(size)}; {verified}",
         "state, as it was sharded", *_rows(tree), "config", *config,
     ])  # fmt: skip
 
 
-def summary(run: Run, folder: Path, config: str, outcome: Any, seconds: float) -> str:
+def opening(run: Run, folder: Path, config: str) -> str:
+    """The first line of a run, printed before anything is compiled."""
+    device = jax.devices()[0]
+    sizes = dataclasses.asdict(run.mesh).items()
+    mesh = " x ".join(f"{name}={size}" for name, size in sizes if size > 1) or "of one"
+    return (
+        f"{config}: {jax.device_count()} x {device.device_kind}, mesh {mesh}, batch {run.batch}, "
+        f"{run.steps} steps, in {folder}; compiling"
+    )
+
+
+def program_name() -> str:
+    """What to type here to run this program again."""
+    program = Path(sys.argv[0])
+    if program.name == "__main__.py":
+        return f"{shlex.quote(_from_here(Path(sys.executable)))} -m {program.parent.name}"
+    found = shutil.which(program.name)
+    if found and program.exists() and os.path.samefile(found, program):
+        return program.name
+    return shlex.quote(_from_here(program))
+
+
+def _from_here(path: Path) -> str:
+    relative = os.path.relpath(path)
+    if relative.startswith(os.pardir):
+        return str(path.absolute())
+    return relative if os.sep in relative else os.path.join(os.curdir, relative)
+
+
+def summary(
+    run: Run, folder: Path, config: str, assignments: list[str], outcome: Any, seconds: float
+) -> str:
     """The last screen of a run: figures, where things are, and what to try next."""
     from train.metrics import perplexity, plot_loss
 
@@ -133,17 +184,35 @@ def summary(run: Run, folder: Path, config: str, outcome: Any, seconds: float) -
     if "sample" in values:
         text = "\n    ".join(values["sample"].strip().splitlines()[:8])
         lines += ["  sample", f"    {text}"]
+    board = shlex.quote(f"{folder}/tensorboard")
     lines += [
         f"  run directory   {folder}  (config.json, metrics.jsonl, checkpoints/)",
         f"  loss curve      {picture}",
-        f"  TensorBoard     tensorboard --logdir {folder}/tensorboard",
+        f"  TensorBoard     pip install tensorboard && tensorboard --logdir {board}",
         "next",
-        f'  jaxlab sample {folder} --prompt "The for statement"',
-        f"  jaxlab eval {folder} evaluators.0.batches=0",
-        f"  jaxlab train {config} --run-dir {folder}-longer steps={run.steps * 3}",
-        "  jaxlab list",
+        *(f"  {program_name()} {line}" for line in _next(run, folder, config, assignments)),
     ]
     return "\n".join(lines)
+
+
+def _next(run: Run, folder: Path, config: str, assignments: list[str]) -> list[str]:
+    """Commands to try after a run, as one would type them."""
+    from train.evaluate import HeldOut
+
+    there, lines = shlex.quote(str(folder)), []
+    if hasattr(run.source, "tokenizer"):
+        lines.append(f'sample {there} --prompt "The for statement"')
+    if run.evaluators:
+        whole = [
+            f"evaluators.{i}.batches=0"
+            for i, e in enumerate(run.evaluators)
+            if isinstance(e, HeldOut) and e.batches
+        ]
+        lines.append(" ".join(["eval", there, *whole]))
+    kept = [shlex.quote(a) for a in assignments if a.partition("=")[0] != "steps"]
+    longer = shlex.quote(f"{folder}-longer")
+    more = ["train", shlex.quote(config), *kept, f"steps={run.steps * 3}", "--run-dir", longer]
+    return [*lines, " ".join(more), "list"]
 
 
 def print_rows(prompts: Sequence[str], samples: int, made: Iterable[tuple[int, str, bool]]) -> None:

@@ -3,7 +3,9 @@
 import dataclasses
 import importlib
 import json
+import shlex
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -41,6 +43,8 @@ class Run:
         ):  # fmt: skip
             if getattr(self, name) < least:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least {least}")
+        if self.seed >= 2**32:
+            raise ValueError(f"seed={self.seed} must be below 2**32={2**32}")
         mesh = self.mesh.resolve(n_devices)
         sizes = dataclasses.asdict(mesh)
         self.optimizer.check()
@@ -58,10 +62,22 @@ class Run:
         return dataclasses.replace(self, mesh=mesh)
 
 
-# Fields that may differ between a run and its resumption: they do not change what is learnt.
-FREE = ("mesh.", "log_every", "eval_every", "save_every", "keep", "max_bad_steps", "evaluators",
-        "model.dtype", "model.param_dtype", "model.remat", "model.attention", "objective.tiles",
-        "source.cache_dir")  # fmt: skip
+# How the model is computed; what is learnt is the same.
+COMPUTED = tuple(
+    f"{model}.{field}"
+    for model in ("model", "model.base")
+    for field in ("dtype", "param_dtype", "remat", "attention")
+)
+# Fields, or groups of fields, that may differ between a run and its resumption.
+FREE = ("mesh", "log_every", "eval_every", "save_every", "keep", "max_bad_steps", "evaluators",
+        *COMPUTED, "objective.tiles", "source.cache_dir")  # fmt: skip
+# Those that mean something when the run is only evaluated.
+EVALUATED = ("mesh", "evaluators", "batch", "source", "objective", "seed", *COMPUTED)
+
+
+def within(path: str, groups: Iterable[str]) -> bool:
+    """Whether the field `path` is one of `groups` or lies in one: model.dtype is not model.dtype_x."""
+    return any(path == g or path.startswith(g + ".") for g in groups)
 
 
 def to_json(value: Any) -> Any:
@@ -114,8 +130,16 @@ def load_run(path: Path) -> Run:
     """The run whose resolved configuration lies in `path`/config.json."""
     file = path / "config.json"
     if not file.is_file():
+        if (path / "checkpoints").is_dir():
+            raise FileNotFoundError(
+                f"{path} has checkpoints but no config.json: put it back from a copy, or set all of it "
+                f"aside with jaxlab train CONFIG --run-dir {shlex.quote(str(path))} --fresh"
+            )
         raise FileNotFoundError(f"{path} is not a run directory: it has no config.json")
     try:
         return from_json(json.loads(file.read_text()))
     except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{file} cannot be read as a configuration: {error}") from error
+        raise ValueError(
+            f"{file} cannot be read as a configuration: {error}; put it back from a copy, or set the run "
+            f"aside with jaxlab train CONFIG --run-dir {shlex.quote(str(path))} --fresh"
+        ) from error

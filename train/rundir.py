@@ -16,13 +16,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from train.run import FREE, Run, difference, to_json
+from train.errors import RunFailed
+from train.run import FREE, Run, difference, to_json, within
 
 LOCK = "lock"
-
-
-class RunFailed(RuntimeError):
-    """The run broke while it was running: a disk, a device or another process."""
 
 
 @contextlib.contextmanager
@@ -108,9 +105,9 @@ def reconcile(run: Run, folder: Path, allow: tuple[str, ...]) -> None:
     changed = difference(there, run)
     # With nothing but a step 0 (an imported model) only the model is settled.
     if any((folder / "checkpoints").glob("[1-9]*")):
-        fixed = [c for c in changed if not c[0].startswith((*FREE, *allow))]
+        fixed = [c for c in changed if not within(c[0], (*FREE, *allow))]
     else:
-        fixed = [c for c in changed if c[0].startswith("model.") and not c[0].startswith(FREE)]
+        fixed = [c for c in changed if within(c[0], ("model",)) and not within(c[0], FREE)]
     if fixed:
         lines = "\n".join(f"  {path}: {old!r} there, {new!r} now" for path, old, new in fixed[:20])
         raise ValueError(

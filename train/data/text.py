@@ -1,7 +1,7 @@
 """Text as a source of batches: which files, which tokenizer, how packed."""
 
 import dataclasses
-from typing import Annotated
+from typing import Annotated, Literal
 
 from train.data.tokenizers import load_tokenizer as load_tokenizer
 from train.data.tokenizers import tokenizer_file
@@ -20,7 +20,10 @@ class Text:
     tokenizer: Annotated[str, "'bytes', a tokenizer.json or its folder"] = "bytes"
     column: Annotated[str, "of JSON lines and Parquet rows"] = "text"
     seq_len: Annotated[int, "tokens a row"] = 256
-    packing: Annotated[str, "concat (resumes on any number of hosts) or first_fit"] = "concat"
+    packing: Annotated[
+        Literal["concat", "first_fit"],
+        "concat resumes on any number of hosts; first_fit wastes less",
+    ] = "concat"
     valid_fraction: Annotated[float, "of the documents held out for evaluation"] = 0.1
     cache_dir: Annotated[
         str, "keeps tokenised text, memory-mapped; '': ~/.cache/jaxlab above 64 MiB, else memory"
