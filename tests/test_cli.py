@@ -160,7 +160,7 @@ WRONG = [
     ("sample-min-p", "sample run --min-p -1", "min_p=-1.0 must be from 0 to 1"),
     ("sample-stop", "sample run --stop ''", "--stop '' must not be empty"),
     ("sample-stdin", "sample run --prompt -", "the input has no lines"),
-    ("sample-heat", "sample run --temperature -1", "-1.0 must be at least 0"),
+    ("sample-heat", "sample run --temperature -1", "-1.0 must be finite and at least 0"),
     ("inspect-nothing", "inspect nowhere", "no checkpoint at nowhere"),
     ("inspect-file", "inspect file", "file is a file, not a run directory"),
     ("inspect-meta", "inspect bad-meta", "bad-meta/checkpoints/2 is damaged"),
