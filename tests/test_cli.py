@@ -28,6 +28,7 @@ from train.devices import quiet_libtpu
 from train.errors import RunFailed
 from train.folders import mesh_here
 from train.metrics import plot_loss
+from train.overrides import override
 from train.report import program_name, summary
 from train.run import FREE, load_run, within
 from train.trainer import Outcome, build
@@ -137,13 +138,13 @@ WRONG = [
     # the run directory
     ("full-disk", "train tiny model.mlp=4000000000000", "MiB free, one checkpoint needs"),
     ("read-only", "train tiny --run-dir /proc/jaxlab", "--run-dir /proc/jaxlab: /proc cannot be written"),
-    ("cache", "train tiny source.cache_dir=/proc/x", "source.cache_dir=/proc/x cannot be written"),
+    ("cache", "train tiny source.cache_dir=/proc/x", "source.cache_dir='/proc/x': cannot write in /proc/x"),
     ("run-dir-file", "train tiny --run-dir file", "--run-dir file: file is a file, not a folder"),
     ("run-dir-below", "train tiny --run-dir file/a", "--run-dir file/a: file is a file, not a"),
     ("run-dir-empty", "train tiny --run-dir ''", "argument --run-dir: '' must not be empty"),
     ("run-dir-busy", "train tiny --run-dir busy", "not empty and holds no run"),
     ("other-config", "train tiny --run-dir run optimizer.lr=1", "optimizer.lr: 0.003 there, 1.0 now"),
-    ("bad-config", "train tiny --run-dir unreadable", "--run-dir unreadable --fresh"),
+    ("bad-config", "train tiny --run-dir unreadable", "unreadable/config.json cannot be read"),
     ("lost-config", "train tiny --run-dir lost", "lost has checkpoints but no config.json: put it"),
     ("allow", "train tiny --run-dir run --allow optimiser.lr", "did you mean optimizer.lr"),
     ("allow-nosuch", "train tiny --allow nosuch", "--allow nosuch: there is no such field"),
@@ -281,7 +282,7 @@ def test_what_to_try_next_can_be_typed(tmp_path, monkeypatch):
     program = tmp_path / "bin dir" / "jaxlab"
     monkeypatch.setattr(sys, "argv", [str(program)])
     monkeypatch.chdir(tmp_path)
-    run = dataclasses.replace(presets()["demo"].make(), steps=20)
+    run = override(presets()["demo"].make(), ["steps=20", "evaluators.0.batches=8"])
     folder = Path("my runs/é")
     commands = typed(run, folder, "demo", ["source.files=a b.txt", "steps=20"])
     assert all(words[0] == "bin dir/jaxlab" for words in commands)

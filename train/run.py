@@ -90,15 +90,17 @@ def to_json(value: Any) -> Any:
 
 
 def from_json(value: Any) -> Any:
-    """Inverse of `to_json`; only types of this project are built."""
+    """Inverse of `to_json`; only dataclasses of this project, or already imported, are built."""
     if isinstance(value, list):
         return tuple(from_json(v) for v in value)
     if not isinstance(value, dict):
         return value
     module, _, name = value["type"].partition(":")
-    if module.split(".")[0] not in ROOMS and module not in sys.modules:
+    # Besides the project's types, those of classes that the program at hand has imported.
+    known_module = module.split(".")[0] in ROOMS or module in sys.modules
+    cls = getattr(importlib.import_module(module), name, None) if known_module else None
+    if not (isinstance(cls, type) and dataclasses.is_dataclass(cls)):
         raise ValueError(f"config names the type {value['type']!r}, which is not of this project")
-    cls = getattr(importlib.import_module(module), name)
     known = {f.name for f in dataclasses.fields(cls)}
     if extra := sorted(set(value) - known - {"type"}):
         raise ValueError(f"config of {name} has fields {extra} that this version does not know")
