@@ -35,7 +35,9 @@ def oracle(
     (b, t, h, dk), dv = q.shape, v.shape[3]
     q, k, scale = phi(q), phi(k), dk**-0.5 if scale is None else scale
     dk = q.shape[3]
-    kind = np.result_type(*[x for x in (q, k, v, g, beta, momentum, rate_in, rate_out, S, M, z) if x is not None])
+    kind = np.result_type(
+        *[x for x in (q, k, v, g, beta, momentum, rate_in, rate_out, S, M, z) if x is not None]
+    )
     out, s_all = np.zeros((b, t, h, dv), kind), np.zeros((b, h, dk, dv), kind)
     m_all, z_all = np.zeros_like(s_all), np.zeros((b, h, dk), kind)
     for n, a in np.ndindex(b, h):

@@ -71,7 +71,7 @@ def linear_attention(
     that do not fit, TypeError unless q, k, v are floating. Source: the note, sections 5 and 10.1.
     """
     gates = dict(log_decay=log_decay, momentum=momentum, rate_in=rate_in, rate_out=rate_out)
-    check_inputs(q, k, v, token_gates=gates)
+    check_inputs(q, k, v, token_gates=gates, optional=True)
     check_form(q, impl, ("recurrent", "chunkwise", "scan", "parallel"), chunk_size, segment_ids)
     phi = _check_reading(visibility, feature_map, normalize, gates)
     dtype = wide_type(v)
@@ -117,7 +117,7 @@ def linear_attention_step(
     Arguments, types and errors are those of `linear_attention`, without t.
     """
     gates = dict(log_decay=log_decay, momentum=momentum, rate_in=rate_in, rate_out=rate_out)
-    check_inputs(q, k, v, token_gates=gates, steps=True)
+    check_inputs(q, k, v, token_gates=gates, optional=True, steps=True)
     phi = _check_reading(visibility, feature_map, normalize, gates)
     dtype = wide_type(v)
     state = _start(state, q, k, v, phi, momentum, normalize)

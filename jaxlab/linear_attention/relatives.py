@@ -245,7 +245,9 @@ def _maps(chunk: Tokens) -> AffineChunks:
     if g is not None and g.ndim == k.ndim:
         products, into, after = decayed_products(queries, k, g)
     else:
-        logs, total = decay_logs(jnp.zeros((q.shape[0], 1, 1, q.shape[3]), q.dtype) if g is None else g)
+        logs, total = decay_logs(
+            jnp.zeros((q.shape[0], 1, 1, q.shape[3]), q.dtype) if g is None else g
+        )
         decay = jnp.exp(logs)
         products = tuple(x @ k.mT * decay for x in queries)
         into, after = jnp.exp(total)[..., None], decay[..., -1, :, None]

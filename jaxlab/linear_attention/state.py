@@ -48,10 +48,12 @@ def start_state(initial, q, v, dk: int, dtype, *, momentum=False, normalize=Fals
     return jax.tree.map(lambda x: jnp.asarray(x, dtype), state)
 
 
-def check_inputs(q, k, v, *, token_gates=None, channel_gates=None, steps=False) -> None:
+def check_inputs(
+    q, k, v, *, token_gates=None, channel_gates=None, optional=False, steps=False
+) -> None:
     """Ranks, shapes and types of q, k [b, t, h, k], v [b, t, h, v] and gates; no t if `steps`.
 
-    TypeError unless q, k, v are floating; ValueError names the argument that does not fit.
+    Gates may be None if `optional`. TypeError unless q, k, v are floating; ValueError names the argument that does not fit.
     """
     axes, letters = (2, "b h") if steps else (3, "b t h")
     for name, x in {"q": q, "k": k, "v": v}.items():
@@ -64,8 +66,11 @@ def check_inputs(q, k, v, *, token_gates=None, channel_gates=None, steps=False) 
     want |= {name: q.shape[:-1] for name in token_gates or {}}
     want |= {name: q.shape for name in channel_gates or {}}
     for name, x in {"k": k, "v": v, **gates}.items():
-        if x is not None and np.shape(x) != want[name]:
-            raise ValueError(f"{name}={np.shape(x)} must be {want[name]} beside q={q.shape}")
+        if x is None and optional:
+            continue
+        if x is None or np.shape(x) != want[name]:
+            got = None if x is None else np.shape(x)
+            raise ValueError(f"{name}={got} must be {want[name]} beside q={q.shape}")
 
 
 def check_form(q, impl, allowed: tuple[str, ...], chunk_size, segment_ids) -> None:
