@@ -130,6 +130,7 @@ def test_autodiff_oracle_is_the_layer_where_both_exist(t, visibility, loss, step
     cfg = replace(cfg, visibility=visibility)
     with jax.enable_x64(True):
         q, k, v, fw, rates, mu = inputs(0, cfg, b=1, h=1, t=t, per_matrix=False)
+        rates = 0.1 * rates  # squared error diverges otherwise, and rounding with it
         expected, state = ttt(q, k, v, fw, rates, mu, cfg)
         one = lambda x: x[0, :, 0]  # noqa: E731
         params = {name: w[0] for name, w in fw._asdict().items()}
@@ -175,9 +176,10 @@ def test_ttt_is_linear_attention_with_momentum_with_any_kernel(loss, gates):
     """Theorems 1 to 3, the coefficients from their double sum, term by term."""
     with jax.enable_x64(True):
         t = 9
-        q, k, v = draw(0, t, 3), draw(1, t, 3), draw(2, t, 4)
-        theta = {"a": draw(3, 3, 6), "c": draw(4, 6), "b": draw(5, 6, 5)}
-        params = {"theta": theta, "w": draw(6, 5, 4)}
+        q, k, v = draw(0, t, 3), draw(1, t, 3), 0.3 * draw(2, t, 4)
+        # Small enough for descent with rate 1 to be stable: chaos would amplify rounding.
+        theta = {"a": 0.3 * draw(3, 3, 6), "c": 0.3 * draw(4, 6), "b": 0.3 * draw(5, 6, 5)}
+        params = {"theta": theta, "w": 0.3 * draw(6, 5, 4)}
         rng = np.random.default_rng(7)
         given = {name: jnp.asarray(rng.uniform(0.1, 0.6, t)) for name in gates.split()}
         net = lambda p, x: tanh_mlp(p["theta"], x) @ p["w"]  # noqa: E731
