@@ -42,5 +42,6 @@ def token_causal(
         phi(q), phi(k), v, momentum=momentum, rate_in=rate, scale=1.0,
         initial_state=LinAttnState(S=fw.w1, M=buffer), impl=FORMS[impl],
     )  # fmt: skip
+    assert after is not None  # return_state is True
     delta = state.delta if momentum is None else {"w1": after.M}
     return out, state._replace(fw=fw._replace(w1=after.S), delta=delta)
