@@ -16,7 +16,6 @@ import json
 import os
 import platform
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -30,6 +29,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.machine import cores, matmul_peak, processor, spread  # noqa: E402
+from benchmarks.peer import Peer  # noqa: E402
 from models.decoder import DecoderConfig  # noqa: E402
 from sharding.topology import peak_flops  # noqa: E402
 from train import trainer  # noqa: E402
@@ -47,29 +47,6 @@ BILLION = DecoderConfig(
     vocab=32_768, layers=16, d_model=2048, heads=16, kv_heads=8, head_dim=128, mlp=7168,
     attention="blockwise", remat="none",
 )  # fmt: skip
-
-
-class Peer:
-    """The PyTorch side in its own process; it sleeps between commands."""
-
-    def __init__(self, python: str):
-        self.process = subprocess.Popen(
-            [python, str(PEER)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
-
-    def ask(self, do: str, **arguments):
-        """Sends a command and waits for its answer; RuntimeError if the peer died."""
-        self.process.stdin.write(json.dumps({"do": do, **arguments}) + "\n")
-        self.process.stdin.flush()
-        line = self.process.stdout.readline()
-        if not line:
-            raise RuntimeError(f"the PyTorch side ended with code {self.process.wait()}")
-        return json.loads(line)
-
-    def close(self) -> None:
-        """Ends the process."""
-        self.process.stdin.close()
-        self.process.wait()
 
 
 class Ours:
@@ -185,7 +162,7 @@ def measure_sides(options, run, ours: Ours, dtype: str, n: int) -> dict:
     sides = {"ours": ours.time}
     with contextlib.ExitStack() as stack:
         if options.peer_python:
-            peer = Peer(options.peer_python)
+            peer = Peer(options.peer_python, PEER)
             stack.callback(peer.close)
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
             found["peer"] = build_peer(peer, run, dtype, options.mask, ours, folder)

@@ -1,7 +1,7 @@
 """Llama 3 8B shape, from scratch, 8192-token sequences, for a TPU slice of 8 chips or more.
 
 Plan:     jaxlab compile --config llama3_8b --topology v5p:2x2x2
-Launch:   launch/tpu_pod.sh NAME ZONE llama3_8b source.files=gs://BUCKET/*.parquet
+Launch:   RUN_DIR=/mnt/runs/a launch/tpu_pod.sh NAME ZONE llama3_8b source.files=gs://BUCKET/*.parquet
 """
 
 from models.decoder import DecoderConfig

@@ -4,6 +4,8 @@ A query that sees no key has out 0, lse -inf and gradient 0. Logits and accumula
 float64 when the inputs are. The mask rule and the logits are in jaxlab.masks.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from einops import rearrange
@@ -11,11 +13,11 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from jaxlab.blockwise import attend_in_blocks, default_block
-from jaxlab.masks import allowed_pairs, check_attention, group_heads, logits, wide_type
+from jaxlab.masks import Rule, allowed_pairs, check_attention, group_heads, logits, wide_type
 from jaxlab.rope import apply_rope
 from jaxlab.varying import vary_like
 
-__all__ = ["apply_rope", "blockwise_attention", "dense_attention", "vary_like"]
+__all__ = ["apply_rope", "blockwise_attention", "cached_attention", "dense_attention", "vary_like"]
 
 
 def dense_attention(
@@ -47,8 +49,38 @@ def dense_attention(
     )  # fmt: skip
     qp = jnp.arange(q.shape[1])[None] if mask.q_positions is None else mask.q_positions
     kp = jnp.arange(k.shape[1])[None] if mask.k_positions is None else mask.k_positions
-    z = logits(rule, group_heads(q, k.shape[2]), rearrange(k, "b s h k -> b h s k"))
     allowed = allowed_pairs(rule, qp, kp, mask.q_segments, mask.k_segments)
+    k, v = (rearrange(x, "b s h k -> b h s k") for x in (k, v))
+    out, lse = _attend(rule, q, k, v, allowed)
+    out = checkpoint_name(out, "attn_out")
+    return (out, checkpoint_name(lse, "attn_lse")) if return_lse else out
+
+
+def cached_attention(
+    q: Float[Array, "b t h k"],
+    k: Float[Array, "b hk s k"],
+    v: Float[Array, "b hk s kv"],
+    q_positions: Int[Array, "#b t"],
+    k_positions: Int[Array, "#b s"],
+) -> Float[Array, "b t h kv"]:
+    """Causal `dense_attention` to a cache whose layout a decoding step reads without a copy.
+
+    ValueError for arguments that do not fit.
+    """
+    usual: list[Any] = [
+        jax.ShapeDtypeStruct((*x.shape[:1], *x.shape[1:3][::-1], *x.shape[3:]), x.dtype)
+        for x in (k, v)
+    ]
+    rule, _ = check_attention(
+        q, *usual, causal=True, scale=None, window=None, softcap=None,
+        segment_ids=None, k_segment_ids=None, q_positions=q_positions, k_positions=k_positions,
+    )  # fmt: skip
+    return _attend(rule, q, k, v, allowed_pairs(rule, q_positions, k_positions, None, None))[0]
+
+
+def _attend(rule: Rule, q, k, v, allowed):
+    """out and lse of q [b, t, h, k] against k and v [b, hk, s, k]."""
+    z = logits(rule, group_heads(q, k.shape[1]), k)
     if allowed is not None:
         z = jnp.where(allowed, z, -jnp.inf)
     top = jax.lax.stop_gradient(jnp.max(z, -1))
@@ -57,13 +89,10 @@ def dense_attention(
     total = jnp.sum(p, -1)
     some = jnp.where(total > 0, total, 1)
     # Dividing after the product spares a pass over [t, s].
-    out = jnp.einsum("bhgts,bshk->bhgtk", p.astype(v.dtype), v, preferred_element_type=wide_type(q))
+    out = jnp.einsum("bhgts,bhsk->bhgtk", p.astype(v.dtype), v, preferred_element_type=wide_type(q))
     out = rearrange(out / some[..., None], "b h g t k -> b t (h g) k").astype(q.dtype)
-    out = checkpoint_name(out, "attn_out")
-    if not return_lse:
-        return out
     lse = jnp.where(total > 0, top + jnp.log(some), -jnp.inf)
-    return out, checkpoint_name(rearrange(lse, "b h g t -> b t (h g)"), "attn_lse")
+    return out, rearrange(lse, "b h g t -> b t (h g)")
 
 
 def blockwise_attention(

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from typing import Annotated
 
 import jax.numpy as jnp
 import numpy as np
@@ -17,7 +18,7 @@ def _check_factor(factor: float) -> None:
 class LinearScaling:
     """Position interpolation: every frequency divided by `factor` (Chen et al., 2023)."""
 
-    factor: float = 1.0
+    factor: Annotated[float, "how many times longer the context becomes"] = 1.0
 
     def __post_init__(self):
         _check_factor(self.factor)
@@ -27,10 +28,10 @@ class LinearScaling:
 class Llama3Scaling:
     """Llama 3.1: long wavelengths divided by `factor`, short ones kept, a ramp between."""
 
-    factor: float = 8.0
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    original_max_position_embeddings: int = 8192
+    factor: Annotated[float, "what long wavelengths are divided by"] = 8.0
+    low_freq_factor: Annotated[float, "turns of the old context below which all is divided"] = 1.0
+    high_freq_factor: Annotated[float, "turns above which nothing is"] = 4.0
+    original_max_position_embeddings: Annotated[int, "context before stretching"] = 8192
 
     def __post_init__(self):
         _check_factor(self.factor)
@@ -43,12 +44,12 @@ class Llama3Scaling:
 class YarnScaling:
     """YaRN (Peng et al., 2023): a ramp over dimensions, counted in turns of the original context."""
 
-    factor: float = 4.0
-    beta_fast: float = 32.0
-    beta_slow: float = 1.0
-    original_max_position_embeddings: int = 32_768
-    attention_factor: float | None = None
-    truncate: bool = True
+    factor: Annotated[float, "how many times longer the context becomes"] = 4.0
+    beta_fast: Annotated[float, "turns of the old context above which nothing is divided"] = 32.0
+    beta_slow: Annotated[float, "turns below which all is"] = 1.0
+    original_max_position_embeddings: Annotated[int, "context before stretching"] = 32_768
+    attention_factor: Annotated[float | None, "of cos and sin; none: 0.1 ln(factor) + 1"] = None
+    truncate: Annotated[bool, "round the ramp's ends to whole dimensions"] = True
 
     def __post_init__(self):
         _check_factor(self.factor)
@@ -103,6 +104,11 @@ def _yarn_ramp(head_dim: int, theta: float, scaling: YarnScaling) -> np.ndarray:
     return np.clip((np.arange(head_dim // 2) - low) / (high - low), 0, 1)
 
 
+def rope_factor(scaling: Scaling | None) -> float:
+    """What `apply_rope` multiplies cos and sin by: 1 for every scaling but YaRN."""
+    return yarn_attention_factor(scaling) if isinstance(scaling, YarnScaling) else 1.0
+
+
 def yarn_attention_factor(scaling: YarnScaling) -> float:
     """What YaRN multiplies cos and sin by: 0.1 ln(factor) + 1 unless given."""
     if scaling.attention_factor is not None:
@@ -111,12 +117,16 @@ def yarn_attention_factor(scaling: YarnScaling) -> float:
 
 
 def apply_rope(
-    x: Float[Array, "b t h k"], positions: Int[Array, "#b t"], inv_freq: Float[Array, "half"] | None
+    x: Float[Array, "b t h k"],
+    positions: Int[Array, "#b t"],
+    inv_freq: Float[Array, "half"] | None,
+    factor: float = 1.0,
 ) -> Float[Array, "b t h k"]:
     """Rotates pairs (x1, x2) of the two halves of the head by position * inv_freq.
 
-    [x1, x2] -> [x1 cos - x2 sin, x2 cos + x1 sin], computed in float32 (float64 if x is), returned
-    in x.dtype; `inv_freq` [k / 2], None is the identity. ValueError for shapes that do not fit.
+    [x1, x2] -> [x1 cos - x2 sin, x2 cos + x1 sin], cos and sin times `factor`, computed in float32
+    (float64 if x is), returned in x.dtype; `inv_freq` [k / 2], None is the identity. ValueError for
+    shapes that do not fit.
     """
     if inv_freq is None:
         return x
@@ -128,5 +138,7 @@ def apply_rope(
     wide = jnp.promote_types(x.dtype, jnp.float32)
     angle = positions[..., None].astype(wide) * jnp.asarray(inv_freq, wide)
     cos, sin = jnp.cos(angle)[:, :, None], jnp.sin(angle)[:, :, None]
+    if factor != 1.0:
+        cos, sin = cos * factor, sin * factor
     x1, x2 = jnp.split(x.astype(wide), 2, -1)
     return jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], -1).astype(x.dtype)

@@ -2,14 +2,14 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from jaxlab.rope import rope_frequencies
+from jaxlab.rope import LinearScaling, Llama3Scaling, YarnScaling, rope_frequencies
 from models.layers import ATTENTION, MIXERS, MLP, RMSNorm, weight
 from sharding.rules import constrain
 
@@ -39,6 +39,9 @@ class DecoderConfig:
     qk_norm: Annotated[bool, "RMSNorm on queries and keys (Qwen 3)"] = False
     tied: Annotated[bool, "share the input and output embedding"] = False
     rope_theta: Annotated[float, "base of the rotary frequencies"] = 10_000.0
+    rope_scaling: Annotated[
+        LinearScaling | Llama3Scaling | YarnScaling | None, "how positions are stretched"
+    ] = None
     norm_eps: Annotated[float, "epsilon of RMSNorm"] = 1e-6
     remat: Annotated[Literal["none", "full", "dots", "attention"], "what the backward keeps"] = (
         "none"
@@ -80,6 +83,11 @@ class DecoderConfig:
                     f"use mesh.tensor in {legal}"
                 )
 
+    def inputs(self, batch: dict[str, jax.ShapeDtypeStruct]) -> tuple[jax.ShapeDtypeStruct, ...]:
+        """What `init` is traced with, one row of a batch of this kind."""
+        tokens = batch["tokens"]
+        return (jax.ShapeDtypeStruct((1, *tokens.shape[1:]), tokens.dtype),)
+
     def build(self, platform: str) -> "Decoder":
         """The module, with `dtype='auto'` settled for `platform` (cpu, gpu, tpu)."""
         dtype = self.dtype
@@ -94,22 +102,30 @@ class Block(nn.Module):
     config: DecoderConfig
 
     @nn.compact
-    def __call__(self, x, positions, segment_ids, inv_freq):
+    def __call__(self, x, states, positions, segment_ids, inv_freq):
         c = self.config
         norm = lambda name: RMSNorm(c.norm_eps, c.param_dtype, name=name)  # noqa: E731
+        states = list(states)
         for i, mixer in enumerate(c.pattern):
             x = constrain(x, "batch", "length", "act_embed")
             mix = MIXERS[mixer](c, name=f"mixer_{i}")
-            x = x + mix(norm(f"mixer_norm_{i}")(x), positions, segment_ids, inv_freq)
+            y = norm(f"mixer_norm_{i}")(x)
+            y, states[i] = mix(y, positions, segment_ids, inv_freq, states[i])
+            x = x + y
             x = x + MLP(c, name=f"mlp_{i}")(norm(f"mlp_norm_{i}")(x))
-        return x, None
+        return x, tuple(states)
 
 
 class Decoder(nn.Module):
-    """Embedding, scanned blocks, final norm and output head; `hidden` and `unembedding` apart,
-    so that an objective can compute its loss without [tokens, vocab] in memory."""
+    """Embedding, blocks, final norm and output head; `hidden` and `unembedding` apart, so that an
+    objective can compute its loss without [tokens, vocab] in memory.
+
+    Blocks are scanned over stacked parameters. `unrolled` is the same network as a loop over the
+    parameters of `unroll`: more to compile, nothing to copy out of a stack at every step.
+    """
 
     config: DecoderConfig
+    unrolled: bool = False
 
     def setup(self):
         c = self.config
@@ -120,19 +136,27 @@ class Decoder(nn.Module):
         block = Block
         if c.remat != "none":
             block = nn.remat(Block, policy=REMAT[c.remat], prevent_cse=False)
-        self.blocks = nn.scan(
-            block,
-            variable_axes={"params": 0},
-            split_rngs={"params": True},
-            in_axes=(nn.broadcast,) * 3,  # pyright: ignore[reportArgumentType]
-            length=c.layers // len(c.pattern),
-            metadata_params={nn.PARTITION_NAME: "layers"},
-        )(c)
+        if self.unrolled:
+            self.blocks: Any = [block(c) for _ in range(self.depth)]
+        else:
+            self.blocks = nn.scan(
+                block,
+                variable_axes={"params": 0, "lora": 0},
+                split_rngs={"params": True},
+                in_axes=(0, *(nn.broadcast,) * 3),  # pyright: ignore[reportArgumentType]
+                length=self.depth,
+                metadata_params={nn.PARTITION_NAME: "layers"},
+            )(c)
         self.norm = RMSNorm(c.norm_eps, c.param_dtype)
         if not c.tied:
             shape = (c.d_model, c.vocab)
             std = c.d_model**-0.5
             self.head = weight(self, "head", shape, ("embed", "vocab"), std, c.param_dtype)
+
+    @property
+    def depth(self) -> int:
+        """Number of blocks, each of as many layers as the pattern has entries."""
+        return self.config.layers // len(self.config.pattern)
 
     def hidden(
         self,
@@ -141,19 +165,72 @@ class Decoder(nn.Module):
         segment_ids: Int[Array, "b t"] | None = None,
     ) -> Float[Array, "b t d"]:
         """Final normalised activations, in the compute type."""
-        c = self.config
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-        inv_freq = jnp.asarray(rope_frequencies(c.head_dim, c.rope_theta))
+        nothing = (None,) * len(self.config.pattern)
+        states = [nothing] * self.depth if self.unrolled else nothing
+        return self.extend(tokens, states, positions, segment_ids)[0]
+
+    def init_state(self, batch: int, length: int):
+        """The state of decoding before the first token: one pytree a block, stacked if scanned."""
+        c = self.config
+        block = tuple(MIXERS[mixer].init_state(c, batch, length) for mixer in c.pattern)
+        if self.unrolled:
+            return [block] * self.depth
+        return jax.tree.map(lambda x: jnp.broadcast_to(x, (self.depth, *x.shape)), block)
+
+    def extend(
+        self,
+        tokens: Int[Array, "b t"],
+        states,
+        positions: Int[Array, "b t"],
+        segment_ids: Int[Array, "b t"] | None = None,
+    ) -> tuple[Float[Array, "b t d"], Any]:
+        """`hidden` of tokens that follow those in `states`, and the states with them.
+
+        With states, segment 0 is padding and any other id a token; see models.layers.
+        """
+        c = self.config
+        inv_freq = jnp.asarray(rope_frequencies(c.head_dim, c.rope_theta, c.rope_scaling))
         x = self.embedding.astype(c.dtype)[tokens]
-        x, _ = self.blocks(x, positions, segment_ids, inv_freq)
-        return self.norm(x)
+        if self.unrolled:
+            after = []
+            for block, state in zip(self.blocks, states, strict=True):
+                x, state = block(x, state, positions, segment_ids, inv_freq)
+                after.append(state)
+        else:
+            x, after = self.blocks(x, states, positions, segment_ids, inv_freq)
+        return self.norm(x), after
 
     def unembedding(self) -> Float[Array, "d v"]:
         """Output matrix: logits = hidden @ unembedding."""
         return (self.embedding.T if self.config.tied else self.head).astype(self.config.dtype)
 
+    def logits(self, hidden: Float[Array, "*b d"]) -> Float[Array, "*b v"]:
+        """Logits in float32."""
+        return jnp.einsum(
+            "...d,dv->...v", hidden, self.unembedding(), preferred_element_type=jnp.float32
+        )
+
     def __call__(self, tokens, positions=None, segment_ids=None) -> Float[Array, "b t v"]:
         """Logits in float32."""
-        x = self.hidden(tokens, positions, segment_ids)
-        return jnp.einsum("btd,dv->btv", x, self.unembedding(), preferred_element_type=jnp.float32)
+        return self.logits(self.hidden(tokens, positions, segment_ids))
+
+
+def unroll(module: Decoder, params) -> tuple[Decoder, Any]:
+    """The unrolled decoder and its parameters, to decode with: blocks apart, in the compute type.
+
+    Numbers are the same, as layers convert their weights, except the scales of norms, anyway. It is
+    one pass over the parameters: do it once, outside of a loop over calls.
+    """
+
+    def convert(path, x):
+        return x if path[-1].key == "scale" else x.astype(module.config.dtype)
+
+    params = jax.tree_util.tree_map_with_path(convert, params)
+    rest = {name: value for name, value in params.items() if name != "blocks"}
+    blocks = {
+        f"blocks_{i}": jax.tree.map(lambda x, i=i: x[i], params["blocks"])
+        for i in range(module.depth)
+    }
+    return module.clone(unrolled=True), rest | blocks

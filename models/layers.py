@@ -1,4 +1,14 @@
-"""Layers of the decoder: parameters with logical axis names around jaxlab functions."""
+"""Layers of the decoder: parameters with logical axis names around jaxlab functions.
+
+A matrix whose name is in the collection "lora" (see models/lora.py) is used with that adapter.
+
+A mixer is a module with two promises. `init_state(config, batch, length)` makes the state of one
+layer for decoding: a pytree whose leaves are [batch, ...] or scalars; `length` bounds the tokens it
+will see, which a state of constant size ignores. `__call__(x, positions, segment_ids, inv_freq, state)`
+returns (y, state). State None is training: every token sees those before it in its segment. With a
+state the t tokens, many (prefill) or one (a step), follow those that the state has seen, and segment 0
+is padding, which leaves no trace in it.
+"""
 
 from collections.abc import Callable
 from typing import Any
@@ -9,6 +19,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxlab.attention import apply_rope, blockwise_attention, dense_attention
+from jaxlab.lora import lora_delta, lora_product
+from jaxlab.rope import rope_factor
+from models.cache import NOWHERE, KVCache
 from sharding.rules import constrain
 
 ATTENTION: dict[str, Callable] = {"dense": dense_attention, "blockwise": blockwise_attention}
@@ -18,6 +31,36 @@ def weight(
     module: nn.Module, name: str, shape: tuple[int, ...], axes: tuple[str | None, ...], std, dtype
 ) -> jax.Array:
     """Declares a truncated-normal parameter of standard deviation `std` with logical `axes`."""
+    w = _declare(module, name, shape, axes, std, dtype)
+    if module.has_variable("lora", name):
+        w = w + lora_delta(module.get_variable("lora", name)).astype(w.dtype)
+    return w
+
+
+def linear(
+    module: nn.Module,
+    name: str,
+    shape: tuple[int, ...],
+    axes: tuple[str | None, ...],
+    std,
+    dtype,
+    inputs: int = 1,
+) -> Callable[[jax.Array], jax.Array]:
+    """Declares a `weight` and returns the product with it over its first `inputs` axes.
+
+    An adapter is applied in its low-rank form: x W + (x A) B, W is not touched.
+    """
+    w = _declare(module, name, shape, axes, std, dtype)
+    adapter = module.get_variable("lora", name) if module.has_variable("lora", name) else None
+
+    def product(x):
+        y = jnp.tensordot(x, w.astype(x.dtype), inputs)
+        return y if adapter is None else y + lora_product(x, adapter, inputs)
+
+    return product
+
+
+def _declare(module: nn.Module, name, shape, axes, std, dtype) -> jax.Array:
     init = nn.with_logical_partitioning(nn.initializers.truncated_normal(std), axes)
     return jnp.asarray(module.param(name, init, shape, dtype))
 
@@ -42,6 +85,11 @@ class Attention(nn.Module):
 
     config: Any  # DecoderConfig, whose module imports this one
 
+    @staticmethod
+    def init_state(config, batch: int, length: int) -> KVCache:
+        """An empty cache of `length` slots, in the compute type."""
+        return KVCache.empty(batch, config.kv_heads, length, config.head_dim, config.dtype)
+
     @nn.compact
     def __call__(
         self,
@@ -49,25 +97,31 @@ class Attention(nn.Module):
         positions: Int[Array, "b t"],
         segment_ids: Int[Array, "b t"] | None,
         inv_freq: Float[Array, "half"],
-    ) -> Float[Array, "b t d"]:
+        state: KVCache | None = None,
+    ) -> tuple[Float[Array, "b t d"], KVCache | None]:
         c = self.config
         d, h, hk, k = c.d_model, c.heads, c.kv_heads, c.head_dim
         std = d**-0.5
-        wq = weight(self, "wq", (d, h, k), ("embed", "heads", "head_dim"), std, c.param_dtype)
-        wk = weight(self, "wk", (d, hk, k), ("embed", "kv_heads", "head_dim"), std, c.param_dtype)
-        wv = weight(self, "wv", (d, hk, k), ("embed", "kv_heads", "head_dim"), std, c.param_dtype)
+        wq = linear(self, "wq", (d, h, k), ("embed", "heads", "head_dim"), std, c.param_dtype)
+        wk = linear(self, "wk", (d, hk, k), ("embed", "kv_heads", "head_dim"), std, c.param_dtype)
+        wv = linear(self, "wv", (d, hk, k), ("embed", "kv_heads", "head_dim"), std, c.param_dtype)
         std = (h * k * 2 * c.layers) ** -0.5
-        wo = weight(self, "wo", (h, k, d), ("heads", "head_dim", "embed"), std, c.param_dtype)
-        project = lambda w: jnp.einsum("btd,dhk->bthk", x, w.astype(x.dtype))  # noqa: E731
-        q, key, v = project(wq), project(wk), project(wv)
+        wo = linear(self, "wo", (h, k, d), ("heads", "head_dim", "embed"), std, c.param_dtype, 2)
+        q, key, v = wq(x), wk(x), wv(x)
         if c.qk_norm:
             q = RMSNorm(c.norm_eps, c.param_dtype, name="q_norm")(q)
             key = RMSNorm(c.norm_eps, c.param_dtype, name="k_norm")(key)
-        q = apply_rope(q, positions, inv_freq)
-        key = apply_rope(key, positions, inv_freq)
+        factor = rope_factor(c.rope_scaling)
+        q = apply_rope(q, positions, inv_freq, factor)
+        key = apply_rope(key, positions, inv_freq, factor)
         q = constrain(q, "batch", "length", "act_heads", None)
-        out = ATTENTION[c.attention](q, key, v, causal=True, segment_ids=segment_ids)
-        return jnp.einsum("bthk,hkd->btd", out, wo.astype(x.dtype))
+        if state is None:
+            out = ATTENTION[c.attention](q, key, v, causal=True, segment_ids=segment_ids)
+        else:
+            seen = positions if segment_ids is None else jnp.where(segment_ids, positions, NOWHERE)
+            state = state.append(key, v, seen)
+            out = state.attend(ATTENTION[c.attention], q, positions)
+        return wo(out), state
 
 
 class MLP(nn.Module):
@@ -79,12 +133,12 @@ class MLP(nn.Module):
     def __call__(self, x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
         c = self.config
         d, f = c.d_model, c.mlp
-        gate = weight(self, "w_gate", (d, f), ("embed", "mlp"), d**-0.5, c.param_dtype)
-        up = weight(self, "w_up", (d, f), ("embed", "mlp"), d**-0.5, c.param_dtype)
+        gate = linear(self, "w_gate", (d, f), ("embed", "mlp"), d**-0.5, c.param_dtype)
+        up = linear(self, "w_up", (d, f), ("embed", "mlp"), d**-0.5, c.param_dtype)
         std = (f * 2 * c.layers) ** -0.5
-        down = weight(self, "w_down", (f, d), ("mlp", "embed"), std, c.param_dtype)
-        hidden = jax.nn.silu(x @ gate.astype(x.dtype)) * (x @ up.astype(x.dtype))
-        return constrain(hidden, "batch", "length", "act_mlp") @ down.astype(x.dtype)
+        down = linear(self, "w_down", (f, d), ("mlp", "embed"), std, c.param_dtype)
+        hidden = jax.nn.silu(gate(x)) * up(x)
+        return down(constrain(hidden, "batch", "length", "act_mlp"))
 
 
-MIXERS: dict[str, type[nn.Module]] = {"attention": Attention}
+MIXERS: dict[str, Any] = {"attention": Attention}

@@ -409,7 +409,7 @@ def _group(i: Instruction, devices: int) -> int:
         return match[1].count(",") + 1
     if match := re.search(r"replica_groups=\[\d+,(\d+)\]<=", text):
         return int(match[1])
-    if match := re.search(r"replica_groups=\w*mesh\[([^\]]*)\]\s*\{([^}]*)\}", text):
+    if match := re.search(r"replica_groups=\w*mesh\[([^\]]*)\][^{]*\{([^}]*)\}", text):
         sizes = dict(re.findall(r"'([^']+)'=(\d+)", match[1]))
         size = 1
         for axis, part in re.findall(r"'([^']+)'(?::\(\d+\)(\d+))?", match[2]):

@@ -4,6 +4,7 @@ import contextlib
 import contextvars
 import math
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding
@@ -11,13 +12,15 @@ from jax.sharding import PartitionSpec as P
 
 Rules = Mapping[str, str | tuple[str, ...] | None]
 
-# One value a name. Activations: batch, length, act_*; the others belong to parameters.
+# One value a name. Activations: batch, length, cache, act_*; the others belong to parameters.
 RULES: Rules = {
     "batch": ("data", "fsdp"),
     "length": ("ring", "context"),
     "act_embed": None,
     "act_heads": "tensor",
+    "act_kv_heads": "tensor",
     "act_mlp": "tensor",
+    "cache": None,
     "layers": None,
     "embed": "fsdp",
     "heads": "tensor",
@@ -43,11 +46,22 @@ def use_rules(rules: Rules) -> Iterator[None]:
         _current.reset(token)
 
 
-def spec_of(axes: tuple[str | None, ...], rules: Rules | None = None, mesh=None) -> P:
-    """PartitionSpec of logical `axes`; a mesh axis used twice or an unknown name is a ValueError."""
+def current_rules() -> Rules:
+    """The rules in force."""
+    return _current.get()
+
+
+def spec_of(axes: tuple[Any, ...], rules: Rules | None = None, mesh=None) -> P:
+    """PartitionSpec of logical `axes`; a mesh axis used twice or an unknown name is a ValueError.
+
+    None is not split, P.UNCONSTRAINED left to the compiler.
+    """
     rules = _current.get() if rules is None else rules
     parts, used = [], {}
     for name in axes:
+        if name is P.UNCONSTRAINED:
+            parts.append(name)
+            continue
         if name is not None and name not in rules:
             raise ValueError(f"unknown logical axis {name!r}; the rules know {sorted(rules)}")
         value = None if name is None else rules[name]
@@ -62,7 +76,7 @@ def spec_of(axes: tuple[str | None, ...], rules: Rules | None = None, mesh=None)
     return P(*parts)
 
 
-def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
+def constrain(x: jax.Array, *axes: Any) -> jax.Array:
     """Asks the compiler for the sharding of logical `axes`; identity without a mesh or inside shard_map."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or AxisType.Manual in mesh.axis_types:

@@ -16,7 +16,12 @@ from jax.extend.core import jaxprs_in_params
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxlab.attention import blockwise_attention, dense_attention, vary_like
+from jaxlab.attention import (
+    blockwise_attention,
+    cached_attention,
+    dense_attention,
+    vary_like,
+)
 from jaxlab.blockwise import Plan, default_block, even_block, key_blocks, query_blocks
 from jaxlab.masks import Rule
 
@@ -391,3 +396,16 @@ def test_blocks_must_be_positive():
     q, k, v, *_ = inputs(0, dtype="float32")
     with pytest.raises(ValueError, match="block_q=0 and block_k=2 must be at least 1 or None"):
         blockwise_attention(q, k, v, block_q=0, block_k=2)
+
+
+@pytest.mark.parametrize("h, hk, t", [(4, 4, 1), (4, 1, 1), (6, 2, 3)])
+def test_attention_to_a_cache_is_the_dense_form_in_another_layout(h, hk, t):
+    with jax.enable_x64(True):
+        q, k, v, *rest = inputs(5, t=t, s=8, h=h, hk=hk)
+        positions = draw_mask("positions", 5, t=t, s=8)
+        out, *_ = oracle(q, k, v, *rest, **positions)
+        k, v = (rearrange(x, "b s h k -> b h s k") for x in (k, v))
+        got = cached_attention(q, k, v, positions["q_positions"], positions["k_positions"])
+        np.testing.assert_allclose(got, out, rtol=1e-12, atol=1e-12)
+        with pytest.raises(ValueError, match="k_positions must be"):
+            cached_attention(q, k, v, positions["q_positions"], positions["k_positions"][:, 1:])

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -14,11 +15,11 @@ from configs import presets
 ROOT = Path(__file__).parent.parent
 
 
-def jaxlab(*args, cwd, devices=8, timeout=120, **env):
+def jaxlab(*args, cwd, devices=8, timeout=120, input="", **env):
     """Runs the command in a fresh process."""
     return subprocess.run(
         [sys.executable, "-m", "configs", *map(str, args)],
-        cwd=cwd, capture_output=True, text=True, timeout=timeout,
+        cwd=cwd, input=input, capture_output=True, text=True, timeout=timeout,
         env=os.environ | {"PYTHONPATH": str(ROOT), "JAX_NUM_CPU_DEVICES": str(devices), **env},
     )  # fmt: skip
 
@@ -110,6 +111,11 @@ WRONG = [
     ("eval-nothing", "eval nowhere", "nowhere is not a run directory"),
     ("eval-step", "eval run --step 7", "checkpoints of steps [2]"),
     ("sample-tokens", "sample run --tokens 0", "0 must be at least 1"),
+    ("sample-n", "sample run --n 0", "0 must be at least 1"),
+    ("sample-top-p", "sample run --top-p 1.5", "top_p=1.5 must be above 0 and at most 1"),
+    ("sample-min-p", "sample run --min-p -1", "min_p=-1.0 must be from 0 to 1"),
+    ("sample-stop", "sample run --stop ''", "--stop '' must not be empty"),
+    ("sample-stdin", "sample run --prompt -", "the input has no lines"),
     ("sample-heat", "sample run --temperature -1", "-1.0 must be at least 0"),
     ("inspect-nothing", "inspect nowhere", "no checkpoint at nowhere"),
     ("topology", "compile --config tiny --topology v5p:2x2x9", "v5p:2x2x"),
@@ -123,7 +129,7 @@ WRONG = [
 @pytest.mark.parametrize(("line", "message"), [w[1:] for w in WRONG], ids=[w[0] for w in WRONG])
 def test_wrong_invocation_says_so_and_changes_nothing(place, line, message):
     before = snapshot(place)
-    done = jaxlab(*line.split(), cwd=place)
+    done = jaxlab(*shlex.split(line), cwd=place)
     said = " ".join(done.stderr.split())
     assert done.returncode == 2, said
     assert message in said
@@ -174,5 +180,9 @@ def test_inspect_eval_and_sample_read_a_run(place):
     assert "step 2 of steps [2]" in shown and "params/head" in shown and "optimizer.lr" in shown
     text = jaxlab("sample", "run", "--tokens", 5, "--prompt", "abc", cwd=place, devices=1).stdout
     assert text.startswith("abc")
+    lines = dict(input="one\ntwo\n", cwd=place, devices=1)
+    options = ("--top-k", 9, "--top-p", 0.9, "--min-p", 0.01, "--stop", "e", "--n", 2)
+    texts = jaxlab("sample", "run", "--tokens", 5, "--prompt", "-", *options, **lines).stdout
+    assert texts.count("--- prompt") == 4 and "sample 2 ---\ntwo" in texts
     assert '"valid/loss"' in jaxlab("eval", "run", cwd=place, devices=2).stdout
     assert snapshot(place) == before

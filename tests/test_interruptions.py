@@ -27,6 +27,20 @@ pytestmark = pytest.mark.slow
 SMALL = ["tiny", "steps=300", "save_every=5", "log_every=1", "eval_every=0", "--quiet"]
 
 
+STARTED: list[subprocess.Popen] = []
+
+
+@pytest.fixture(autouse=True)
+def no_process_left():
+    """Ends what a failed test leaves running."""
+    yield
+    for process in STARTED:
+        if process.poll() is None:
+            process.kill()
+            process.communicate()
+    STARTED.clear()
+
+
 def start(folder, *args, devices=1, log=None):
     """A training process."""
     env = os.environ | {"PYTHONPATH": str(ROOT), "JAX_NUM_CPU_DEVICES": str(devices)}
@@ -34,10 +48,12 @@ def start(folder, *args, devices=1, log=None):
     if log:
         env["ROW_LOG"] = str(log)
         command = [sys.executable, str(ROOT / "tests" / "worker.py")]
-    return subprocess.Popen(
+    process = subprocess.Popen(
         [*command, "train", *SMALL, "--run-dir", str(folder), *args],
         env=env, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, cwd=folder.parent,
     )  # fmt: skip
+    STARTED.append(process)
+    return process
 
 
 def finish(process, code=0):
@@ -54,7 +70,7 @@ def wait_for(condition, process):
 
 
 def newest(folder):
-    return max((int(p.name) for p in (folder / "checkpoints").glob("[0-9]*")), default=0)
+    return max(Checkpoints(folder / "checkpoints", read_only=True).steps(), default=0)
 
 
 def training(folder, least=0):
@@ -188,6 +204,26 @@ def test_saved_by_two_processes_restored_by_one(tmp_path):
 
 
 @pytest.mark.multiprocess
+@pytest.mark.parametrize("victim", [1, 0])
+def test_a_dead_peer_ends_the_run_and_the_checkpoint_is_intact(tmp_path, victim):
+    folder = tmp_path / "run"
+    processes = pair(folder)
+    wait_for(lambda: newest(folder) >= 10, processes[0])
+    processes[victim].send_signal(signal.SIGKILL)
+    processes[victim].communicate()
+    other = processes[1 - victim]
+    _, said = other.communicate(timeout=300)
+    # Whichever comes first: the broken collective, or JAX's runtime, which then ends the process.
+    assert other.returncode in (74, -signal.SIGABRT), said
+    assert ("the run failed" in said) if other.returncode == 74 else ("another task died" in said)
+    assert "Traceback" not in said
+    steps = Checkpoints(folder / "checkpoints", read_only=True).steps()
+    assert steps[-1] >= 10
+    finish(start(folder, "mesh.data=1", "mesh.fsdp=8", devices=8))
+    assert newest(folder) == 300
+
+
+@pytest.mark.multiprocess
 def test_sigterm_to_one_of_two_stops_both_at_one_step(tmp_path):
     folder = tmp_path / "run"
     processes = pair(folder, "save_every=0")
@@ -197,4 +233,4 @@ def test_sigterm_to_one_of_two_stops_both_at_one_step(tmp_path):
         finish(process, code=75)
     stop = read(folder)[-1]
     assert stop["kind"] == "stop" and stop["code"] == 75 and newest(folder) == stop["step"] < 300
-    assert len(list((folder / "checkpoints").glob("[0-9]*"))) == 1
+    assert len(Checkpoints(folder / "checkpoints", read_only=True).steps()) == 1

@@ -38,6 +38,8 @@ def test_impossible_meshes_say_what_would_work(shape, message):
 
 def test_rules_map_names_and_refuse_collisions():
     assert spec_of(("batch", "length", None)) == P(("data", "fsdp"), ("ring", "context"), None)
+    free = P.UNCONSTRAINED
+    assert spec_of((free, "heads", None)) == P(free, "tensor", None)
     with pytest.raises(ValueError, match="both map to 'tensor'"):
         spec_of(("heads", "mlp"))
     with pytest.raises(ValueError, match="unknown logical axis 'wide'"):

@@ -205,7 +205,8 @@ class Poisoned(NextToken):
     def __call__(self, apply, params, batch, key):
         loss, metrics = super().__call__(apply, params, batch, key)
         bad = jnp.any(batch["tokens"] == self.poison)
-        return jnp.where(bad, jnp.nan, loss), metrics
+        loss = jnp.where(bad, jnp.nan, loss)
+        return loss, metrics | {"loss": (loss, metrics["loss"][1])}
 
 
 def test_a_non_finite_step_changes_nothing_but_its_counter(tmp_path, devices):
@@ -230,6 +231,23 @@ def test_diverged_run_stops_and_keeps_the_batch(tmp_path, devices):
     out = trainer.fit(run, tmp_path / "r", quiet=True)
     assert out.code == trainer.DIVERGED and out.step <= 5
     assert list((tmp_path / "r").glob("bad-batch-*.npz"))
+
+
+def test_debug_raises_where_a_nan_is_born(tmp_path, devices):
+    devices(1)
+    run = dataclasses.replace(RUN, mesh=MeshShape(data=1), objective=Poisoned(poison=ord("e")))
+    with pytest.raises(FloatingPointError, match="nan"):
+        trainer.fit(run, tmp_path / "r", quiet=True, debug=True)
+    assert not jax.config.jax_debug_nans
+
+
+def test_profile_of_two_steps_is_written(tmp_path, devices):
+    devices(1)
+    run = dataclasses.replace(RUN, mesh=MeshShape(data=1), steps=4)
+    trainer.fit(run, tmp_path / "r", quiet=True, profile=(1, 3))
+    assert list((tmp_path / "r" / "profile").rglob("*.xplane.pb"))
+    board = list((tmp_path / "r" / "tensorboard").iterdir())
+    assert board and board[0].stat().st_size > 1000
 
 
 def test_loss_counts_tokens_globally(devices):

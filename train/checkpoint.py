@@ -16,10 +16,10 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 from jaxtyping import Array, UInt32
 
-for noisy in ("absl", "orbax"):
-    logging.getLogger(noisy).setLevel(logging.ERROR)
-# Of a damaged checkpoint Orbax reports the first bad array; asyncio would print all the others.
-logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+# What fails is raised here as well; their logs, from other threads, are tracebacks of it. Of a damaged
+# checkpoint Orbax reports the first bad array, asyncio would print all the others.
+for noisy in ("absl", "orbax", "asyncio"):
+    logging.getLogger(noisy).setLevel(logging.CRITICAL)
 
 
 @jax.jit
@@ -104,9 +104,13 @@ class Checkpoints:
         return sorted(int(p.name) for p in self.folder.iterdir() if p.name.isdigit())
 
     def save(self, step: int, state: Any, meta: dict[str, Any]) -> None:
-        """Starts saving; returns when the state is copied off the devices. Skips a step on disk."""
+        """Starts saving; returns when the state is copied off the devices. Skips a step on disk.
+
+        OSError before anything is written when the disk has no room for it.
+        """
         if step in self.steps():
             return
+        check_space(self.folder, state_bytes(state))
         sums = [int(s) for s in np.asarray(fingerprint(state))]
         meta = meta | {"step": step, "fingerprint": dict(zip(_paths(state), sums, strict=True))}
         items = ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta))
@@ -210,8 +214,9 @@ def _all_agree(ok: bool) -> bool:
     return bool(np.all(multihost_utils.process_allgather(np.asarray(ok))))
 
 
-def check_space(folder: Path, needed: int) -> None:
-    """OSError when the disk of `folder` has no room for one checkpoint of `needed` bytes."""
+def check_space(folder: Path, state: int) -> None:
+    """OSError when the disk of `folder` has no room for one checkpoint of `state` bytes."""
+    needed = state + state // 20 + 2**18  # its index and metadata
     existing = next(p for p in [folder, *folder.parents] if p.exists())
     free = shutil.disk_usage(existing).free
     if free < needed:

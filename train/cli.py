@@ -9,6 +9,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ from typing import Any
 OK, USAGE, DIVERGED, FAILED, STOPPED = 0, 2, 3, 74, 75
 
 EPILOG = """exit codes: 0 done · 2 wrong invocation, nothing changed · 3 loss or gradient not finite ·
-74 failed while running (disk, peer), last checkpoint intact · 75 stopped by a signal, saved: run again"""
+74 failed while running (disk, device), last checkpoint intact · 75 stopped by a signal, saved: run again ·
+134 another process died, last checkpoint intact"""
 
 
 class Preset:
@@ -46,7 +48,7 @@ def parser() -> argparse.ArgumentParser:
     train = add("train", "train a configuration; resumes if the run directory has a run")
     train.add_argument("config", help="name of a configuration (see: jaxlab list)")
     _overrides(train)
-    train.add_argument("--run-dir", type=Path, help="where the run lives (default: runs/CONFIG)")
+    train.add_argument("--run-dir", type=_folder, help="where the run lives (default: runs/CONFIG)")
     train.add_argument(
         "--fresh", action="store_true", help="set an earlier run in the directory aside, start anew"
     )
@@ -67,16 +69,26 @@ def parser() -> argparse.ArgumentParser:
     _cluster(train)
 
     evaluate = add("eval", "run the evaluators of a run on its newest (or a given) checkpoint")
-    evaluate.add_argument("run", type=Path, help="run directory")
+    evaluate.add_argument("run", type=_folder, help="run directory")
     _overrides(evaluate)
     evaluate.add_argument("--step", type=int, help="checkpoint step (default: newest)")
     _cluster(evaluate)
 
     sample = add("sample", "write text with a trained run")
-    sample.add_argument("run", type=Path, help="run directory")
-    sample.add_argument("--prompt", default="The ", help="text to continue")
-    sample.add_argument("--tokens", type=_positive, default=200, help="tokens to write")
+    sample.add_argument("run", type=_folder, help="run directory")
+    sample.add_argument(
+        "--prompt", action="append", metavar="TEXT",
+        help="text to continue, default 'The '; may be repeated; -: every line of the input",
+    )  # fmt: skip
+    sample.add_argument("--tokens", type=_positive, default=200, help="tokens to write, at most")
+    sample.add_argument("--n", type=_positive, default=1, help="continuations of each prompt")
     sample.add_argument("--temperature", type=_not_negative, default=0.8, help="0: greedy")
+    sample.add_argument("--top-k", type=_positive, help="draw from the K most probable tokens")
+    sample.add_argument("--top-p", type=float, help="from the fewest of together probability P")
+    sample.add_argument("--min-p", type=float, help="from those P times as probable as the best")
+    sample.add_argument(
+        "--stop", action="append", default=[], metavar="TEXT", help="end there; may be repeated"
+    )
     sample.add_argument("--seed", type=int, default=0, help="random seed")
     sample.add_argument("--step", type=int, help="checkpoint step (default: newest)")
 
@@ -88,7 +100,9 @@ def parser() -> argparse.ArgumentParser:
     add("list", "list the configurations")
 
     inspect = add("inspect", "show what a checkpoint holds")
-    inspect.add_argument("checkpoint", type=Path, help="run directory, or checkpoints/STEP in it")
+    inspect.add_argument(
+        "checkpoint", type=_folder, help="run directory, or checkpoints/STEP in it"
+    )
     return top
 
 
@@ -122,6 +136,15 @@ def _cluster(sub: argparse.ArgumentParser) -> None:
     group.add_argument("--process-id", type=int, metavar="I", help="and which of them this is")
 
 
+def _folder(text: str) -> Path:
+    if "://" in text:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is an address, not a folder: mount the bucket and give the path where it is "
+            f"mounted (docs/running.md)"
+        )
+    return Path(text)
+
+
 def _positive(text: str) -> int:
     value = int(text)
     if value < 1:
@@ -139,6 +162,7 @@ def _not_negative(text: str) -> float:
 def main(presets: Mapping[str, Preset], argv: list[str] | None = None) -> int:
     """Runs one command; every foreseeable mistake ends in one line and exit code 2."""
     args = parse(argv)
+    quiet_libtpu()
     commands = {
         "train": train, "eval": evaluate, "sample": sample,
         "compile": compile_, "list": list_, "inspect": inspect,
@@ -162,7 +186,24 @@ def main(presets: Mapping[str, Preset], argv: list[str] | None = None) -> int:
             type(error).__name__ != "RunFailed" or args.debug
         ):  # a name: no import before it is needed
             raise
-        return _fail(str(error), FAILED)
+        code = _fail(str(error), FAILED)
+        if sys.modules["jax"].process_count() > 1:
+            # The runtime's own shutdown waits for every process, a dead one too, and then aborts.
+            sys.stdout.flush()
+            os._exit(code)
+        return code
+
+
+def quiet_libtpu() -> None:
+    """Keeps JAX from looking for TPUs where libtpu is only there to compile for them."""
+    if (
+        "JAX_PLATFORMS" in os.environ
+        or find_spec("libtpu") is None
+        or find_spec("jax_cuda13_plugin")
+    ):
+        return
+    if not any(Path("/dev").glob("accel*")) and not any(Path("/dev/vfio").glob("[0-9]*")):
+        os.environ["JAX_PLATFORMS"] = "cpu"
 
 
 def _fail(text: str, code: int) -> int:
@@ -266,10 +307,10 @@ def start_cluster(args: argparse.Namespace) -> None:
         return
     import jax
 
-    if args.coordinator:
-        jax.distributed.initialize(args.coordinator, args.processes, args.process_id)
-    else:
-        jax.distributed.initialize()
+    # A dead process is noticed after this many seconds; the others then end.
+    jax.distributed.initialize(
+        args.coordinator, args.processes, args.process_id, heartbeat_timeout_seconds=30
+    )
 
 
 def _open_run(folder: Path, assignments: list[str], step: int | None):
@@ -317,15 +358,34 @@ def evaluate(args: argparse.Namespace, presets: Mapping[str, Preset]) -> int:
 
 def sample(args: argparse.Namespace, presets: Mapping[str, Preset]) -> int:
     """`jaxlab sample`."""
+    from jaxlab.sampling import Sampling
+
+    prompts = [
+        text
+        for given in args.prompt or ["The "]
+        for text in (sys.stdin.read().splitlines() if given == "-" else [given])
+    ]
+    if not prompts:
+        raise ValueError("--prompt -: the input has no lines")
+    if "" in args.stop:
+        raise ValueError("--stop '' must not be empty")
+    sampling = Sampling(args.temperature, args.top_k, args.top_p, args.min_p).check()
     import jax
 
-    from train.evaluate import Sample, Scene
+    from models.decoder import unroll
+    from train.data.tokenizers import load_tokenizer
+    from train.report import print_rows
+    from train.writer import Writer
 
-    run, program, params, step = _open_run(args.run, [], args.step)
+    run, program, params, _ = _open_run(args.run, [], args.step)
+    module = run.model.build(program.mesh.devices.flat[0].platform)
     with jax.set_mesh(program.mesh):
-        scene = Scene(dataclasses.replace(run, seed=args.seed), program.apply, program.mesh, (0, 1))
-        evaluator = Sample(args.prompt, args.tokens, args.temperature)
-        print(evaluator.make(scene)(params, step)["sample"])
+        module, params = unroll(module, params)
+        writer = Writer(
+            module, load_tokenizer(run.source.tokenizer), prompts, tokens=args.tokens,
+            samples=args.n, sampling=sampling, stop=args.stop, piece=8,
+        )  # fmt: skip
+        print_rows(prompts, args.n, writer.write(params, jax.random.key(args.seed)))
     return OK
 
 

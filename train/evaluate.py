@@ -108,24 +108,21 @@ class Sample:
             )
 
     def make(self, scene):
-        from models.generate import sample
+        from jaxlab.sampling import Sampling
         from train.data.text import load_tokenizer
+        from train.writer import Writer
 
         run = scene.run
-        tokenizer = load_tokenizer(run.source.tokenizer)
-        ids = list(tokenizer.encode(self.prompt))
-        bos = [] if tokenizer.bos is None else [tokenizer.bos]
-        prompt = np.asarray([bos + ids], np.int32)
+        writer = Writer(
+            run.model.build(scene.mesh.devices.flat[0].platform),
+            load_tokenizer(run.source.tokenizer),
+            [self.prompt],
+            tokens=self.tokens, samples=1, sampling=Sampling(self.temperature), piece=self.tokens,
+        )  # fmt: skip
 
         def evaluate(params, step):
             key = jax.random.fold_in(jax.random.key(run.seed), step)
-            out = sample(
-                scene.apply, params, prompt, key, self.temperature,
-                new=self.tokens, window=run.source.seq_len,
-            )  # fmt: skip
-            ids = [int(t) for t in jax.device_get(out)[0]]
-            if tokenizer.eos in ids:
-                ids = ids[: ids.index(tokenizer.eos)]
-            return {"sample": self.prompt + tokenizer.decode(ids)}
+            text = "".join(text for _, text, _ in writer.write(params, key))
+            return {"sample": self.prompt + text}
 
         return evaluate

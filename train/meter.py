@@ -19,11 +19,11 @@ class Meter:
         self.run, self.tokens = run, int(np.prod(batch["tokens"].shape)) if "tokens" in batch else 0
         self.lr = learning_rate(run.optimizer, run.steps)
         self.forward_flops = forward_flops(program)
-        device = program.mesh.devices.flat[0]
+        device = program.mesh.local_devices[0]
         peak = peak_flops(device.device_kind, str(getattr(run.model, "dtype", "auto")))
         self.peak = peak * program.mesh.size if peak else None
         self.device = device
-        self.last_loss, self.rate = float("nan"), 0.0
+        self.last_loss, self.rate, self.pace = float("nan"), 0.0, float("nan")
         self.restart()
 
     def restart(self) -> None:
@@ -44,8 +44,8 @@ class Meter:
             pair = np.asarray(metrics["skipped"], np.float64)
             self.sums["skipped"] = self.sums.get("skipped", 0.0) + pair
         self.count += 1
-        spent = time.perf_counter() - self.begin
-        self.rate = self.count * self.tokens / spent
+        self.pace = (time.perf_counter() - self.begin) / self.count
+        self.rate = self.tokens / self.pace
         return bad_run
 
     def text(self) -> str:
@@ -53,9 +53,8 @@ class Meter:
         return f"loss {self.last_loss:.4f}  {self.rate:,.0f} tok/s"
 
     def eta(self, step: int) -> float:
-        """Seconds left at the present rate."""
-        spent = time.perf_counter() - self.begin
-        return (self.run.steps - step) * spent / max(self.count, 1)
+        """Seconds left at the pace of the interval under way, or of the one just recorded."""
+        return (self.run.steps - step) * self.pace
 
     def row(self, step: int) -> dict[str, float]:
         """The record of the interval, and a new interval."""

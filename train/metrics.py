@@ -72,6 +72,11 @@ class Recorder:
         """Prints a message on the first process."""
         self.console.print(text, style=style, soft_wrap=True)
 
+    def warn(self, text: str) -> None:
+        """Prints what has gone wrong, on the first process; `quiet` does not silence it."""
+        if self.active:
+            Console(stderr=True, highlight=False).print(text, style="bold red", soft_wrap=True)
+
     def close(self) -> None:
         """Flushes and closes every view."""
         if self._bar is not None:

@@ -1,4 +1,8 @@
-"""Command-line overrides: `key.path=value` on nested frozen dataclasses, types checked."""
+"""Command-line overrides: `key.path=value` on nested frozen dataclasses, types checked.
+
+A field that holds one of several dataclasses, or none, takes a class name (its defaults) or `none`:
+`model.rope_scaling=YarnScaling model.rope_scaling.factor=8`.
+"""
 
 import ast
 import dataclasses
@@ -28,6 +32,10 @@ def _set(node: Any, keys: list[str], text: str, path: str) -> Any:
         items = list(node)
         items[int(key)] = _set(items[int(key)], rest, text, path)
         return tuple(items)
+    if node is None:
+        raise ValueError(
+            f"{path}: the group is none, set it first (its types: jaxlab ... --fields)"
+        )
     if not dataclasses.is_dataclass(node) or isinstance(node, type):
         raise ValueError(f"{path}: {type(node).__name__} has no field {key!r}")
     fields = [f.name for f in dataclasses.fields(node)]
@@ -38,10 +46,20 @@ def _set(node: Any, keys: list[str], text: str, path: str) -> Any:
     old = getattr(node, key)
     if rest:
         return dataclasses.replace(node, **{key: _set(old, rest, text, path)})
-    if dataclasses.is_dataclass(old):
+    hint = _hint(node, key)
+    if dataclasses.is_dataclass(old) and not _choices(hint):
         inner = ", ".join(f"{path}.{f.name}" for f in dataclasses.fields(old))
         raise ValueError(f"{path} is a group of fields, set one of: {inner}")
-    return dataclasses.replace(node, **{key: parse(text, _hint(node, key), path)})
+    return dataclasses.replace(node, **{key: parse(text, hint, path)})
+
+
+def _choices(hint: Any) -> list[type]:
+    """The dataclasses that a field of a union type may hold."""
+    if typing.get_origin(hint) is typing.Annotated:
+        hint = typing.get_args(hint)[0]
+    if typing.get_origin(hint) not in (typing.Union, types.UnionType):
+        return []
+    return [a for a in typing.get_args(hint) if dataclasses.is_dataclass(a)]
 
 
 def _hint(node: Any, key: str) -> Any:
@@ -66,6 +84,10 @@ def parse(text: str, hint: Any, path: str) -> Any:
                 return parse(text, option, path)
             except ValueError:
                 continue
+        raise wrong
+    if dataclasses.is_dataclass(hint) and isinstance(hint, type):
+        if text == hint.__name__:
+            return hint()
         raise wrong
     if hint is type(None):
         if text.lower() in ("none", "null"):
@@ -113,9 +135,13 @@ def describe(hint: Any) -> str:
         return " or ".join(describe(a) for a in args)
     if origin is tuple:
         return f"list of {describe(args[0])}, comma-separated" if args else "list"
-    return {int: "an integer", float: "a number", bool: "true|false", str: "text"}.get(
-        hint, getattr(hint, "__name__", str(hint))
-    )
+    return {
+        int: "an integer",
+        float: "a number",
+        bool: "true|false",
+        str: "text",
+        type(None): "none",
+    }.get(hint, getattr(hint, "__name__", str(hint)))
 
 
 def field_help(config: Any, prefix: str = "") -> list[tuple[str, str, str, str]]:

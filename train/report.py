@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,11 @@ import jax
 from train.run import Run
 
 
-def spec_text(array: jax.ShapeDtypeStruct) -> str:
+def spec_text(array: Any) -> str:
     """Type, shape and sharding in one word: float32[64@fsdp,256@tensor]."""
-    spec = getattr(getattr(array, "sharding", None), "spec", ())
+    sharding = getattr(array, "sharding", None)
+    # Orbax's metadata spells the specification out.
+    spec = getattr(sharding, "spec", None) or getattr(sharding, "partition_spec", None) or ()
     parts = []
     for size, part in zip(array.shape, (*spec, *[None] * len(array.shape)), strict=False):
         axes = (part,) if isinstance(part, str) else (part or ())
@@ -82,9 +85,8 @@ def compile_for(run: Run, topology: str) -> str:
             program.step, (program.state, program.batch), topology=topology, flops=flops
         )
     mesh = " x ".join(f"{k}={v}" for k, v in program.mesh.shape.items() if v > 1)
-    head = (
-        f"{topology}: {len(devices)} devices, mesh {mesh}, batch {run.batch} x {run.source.seq_len}"
-    )
+    shape = " x ".join(map(str, next(iter(program.batch.values())).shape))
+    head = f"{topology}: {len(devices)} devices, mesh {mesh}, batch {shape}"
     return f"{head}\n{format_report(report)}"
 
 
@@ -102,16 +104,13 @@ def describe_checkpoint(path: Path) -> str:
     step = steps[-1] if step is None else step
     meta, tree = checkpoints.meta(step), checkpoints.shapes(step)
     checkpoints.close()
-    shapes = jax.tree.map(
-        lambda a: jax.ShapeDtypeStruct(tuple(a.shape), a.dtype, sharding=None), tree
-    )
     from train.run import flatten
 
-    size = sum(math.prod(a.shape) * a.dtype.itemsize for a in jax.tree.leaves(shapes))
+    size = sum(math.prod(a.shape) * a.dtype.itemsize for a in jax.tree.leaves(tree))
     config = [f"  {k} = {v}" for k, v in flatten(meta["config"]).items() if not k.endswith("type")]
     return "\n".join([
         f"{folder}: step {step} of steps {steps}, {human(size)}",
-        "state", *_rows(shapes), "config", *config,
+        "state, as it was sharded", *_rows(tree), "config", *config,
     ])  # fmt: skip
 
 
@@ -145,3 +144,27 @@ def summary(run: Run, folder: Path, config: str, outcome: Any, seconds: float) -
         "  jaxlab list",
     ]
     return "\n".join(lines)
+
+
+def print_rows(prompts: Sequence[str], samples: int, made: Iterable[tuple[int, str, bool]]) -> None:
+    """Prints continuations one after the other, each as it is made, with titles if there are several."""
+    several = len(prompts) * samples > 1
+    waiting: dict[int, str] = {}
+    complete: set[int] = set()
+    row = 0
+
+    def title() -> str:
+        prompt, sample = divmod(row, samples)
+        line = f"--- prompt {prompt + 1}, sample {sample + 1} ---\n" if several else ""
+        return line + prompts[prompt]
+
+    print(title(), end="", flush=True)
+    for i, text, ended in made:
+        waiting[i] = waiting.get(i, "") + text
+        complete |= {i} if ended else set()
+        print(waiting.pop(row, ""), end="", flush=True)
+        while row in complete:
+            row += 1
+            print()
+            if row < len(prompts) * samples:
+                print(title() + waiting.pop(row, ""), end="", flush=True)

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 from sharding.mesh import MeshShape
 from train.optimizer import Optimizer
 
-ROOMS = ("models", "train", "sharding")
+ROOMS = ("jaxlab", "models", "train", "sharding")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Run:
         mesh = self.mesh.resolve(n_devices)
         sizes = dataclasses.asdict(mesh)
         self.optimizer.check()
-        self.source.check()
+        self.source.check(sizes)
         self.model.check(sizes)
         self.objective.check(self.model, self.source)
         rows = mesh.data * mesh.fsdp * self.accumulate
@@ -51,12 +51,6 @@ class Run:
             raise ValueError(
                 f"batch={self.batch} is not divisible by mesh.data={mesh.data} * "
                 f"mesh.fsdp={mesh.fsdp} * accumulate={self.accumulate}; use a multiple of {rows}"
-            )
-        parts = mesh.ring * mesh.context
-        if self.source.seq_len % parts:
-            raise ValueError(
-                f"source.seq_len={self.source.seq_len} is not divisible by mesh.ring={mesh.ring} * "
-                f"mesh.context={mesh.context}; use a multiple of {parts}"
             )
         for evaluator in self.evaluators:
             evaluator.check(self)

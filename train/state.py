@@ -13,6 +13,8 @@ from jax.sharding import PartitionSpec as P
 from sharding.rules import check_divisible, shardings
 from train.objectives import Batch, Objective
 
+Inputs = tuple[jax.ShapeDtypeStruct, ...]  # what a module is initialised with: `run.model.inputs`
+
 
 class TrainState(NamedTuple):
     """All that a run carries from step to step; every leaf is a sharded array."""
@@ -25,16 +27,15 @@ class TrainState(NamedTuple):
     bad_run: Any  # int32, how many of them in a row, up to now
 
 
-def init_params(module: nn.Module, key: jax.Array, batch: dict[str, jax.ShapeDtypeStruct]):
+def init_params(module: nn.Module, key: jax.Array, inputs: Inputs):
     """Parameters as a plain nested dict of arrays."""
-    tokens = jnp.zeros((1, *batch["tokens"].shape[1:]), batch["tokens"].dtype)
-    return nn.unbox(module.init(key, tokens))["params"]
+    examples = [jnp.zeros(a.shape, a.dtype) for a in inputs]
+    return nn.unbox(module.init(key, *examples))["params"]
 
 
-def logical_axes(module: nn.Module, batch):
+def logical_axes(module: nn.Module, inputs: Inputs):
     """Tree of logical axis names, one tuple a parameter, without computing anything."""
-    tokens = jax.ShapeDtypeStruct((1, *batch["tokens"].shape[1:]), batch["tokens"].dtype)
-    boxed = jax.eval_shape(module.init, jax.random.key(0), tokens)["params"]
+    boxed = jax.eval_shape(module.init, jax.random.key(0), *inputs)["params"]
     specs = nn.get_partition_spec(boxed)
     pad = lambda box, spec: tuple(spec) + (None,) * (len(box.shape) - len(spec))  # noqa: E731
     return jax.tree.map(
@@ -42,19 +43,21 @@ def logical_axes(module: nn.Module, batch):
     )
 
 
-def make_state(module: nn.Module, tx, ema: float, batch, seed: int) -> TrainState:
+def make_state(module: nn.Module, tx, ema: float, inputs: Inputs, seed: int) -> TrainState:
     """The state before the first step (jit it with `out_shardings`, so that it is born sharded)."""
-    params = init_params(module, jax.random.key(seed), batch)
+    params = init_params(module, jax.random.key(seed), inputs)
     # Two counters must be two buffers: donation takes each only once.
     zero = lambda: jnp.zeros((), jnp.int32)  # noqa: E731
     average = jax.tree.map(jnp.copy, params) if ema else {}
     return TrainState(zero(), params, tx.init(params), average, zero(), zero())
 
 
-def abstract_state(module: nn.Module, tx, ema: float, batch, seed: int, mesh: Mesh) -> TrainState:
+def abstract_state(
+    module: nn.Module, tx, ema: float, inputs: Inputs, seed: int, mesh: Mesh
+) -> TrainState:
     """Shapes, types and shardings of the state. Call it before entering a compile-only mesh."""
-    axes = logical_axes(module, batch)
-    shapes = jax.eval_shape(lambda: make_state(module, tx, ema, batch, seed))
+    axes = logical_axes(module, inputs)
+    shapes = jax.eval_shape(lambda: make_state(module, tx, ema, inputs, seed))
     check_divisible(shapes.params, axes, dict(mesh.shape))
     by_param = shardings(axes, mesh)
     rest = NamedSharding(mesh, P())

@@ -52,14 +52,15 @@ def build(run: Run, devices=None) -> Program:
     """Mesh, model, optimiser and the jitted step of a checked run, from shapes alone."""
     mesh = make_mesh(run.mesh, devices)
     spec = run.source.spec(run.batch)
+    inputs = run.model.inputs(spec)
     module = run.model.build(mesh.devices.flat[0].platform)
 
     def apply(params, *args, **kwargs):
         return module.apply({"params": params}, *args, **kwargs)
 
-    tx = make_optimizer(run.optimizer, run.steps, logical_axes(module, spec))
+    tx = make_optimizer(run.optimizer, run.steps, logical_axes(module, inputs))
     ema = run.optimizer.ema
-    abstract = abstract_state(module, tx, ema, spec, run.seed, mesh)
+    abstract = abstract_state(module, tx, ema, inputs, run.seed, mesh)
     placed = jax.tree.map(lambda a: a.sharding, abstract)
     step = make_train_step(
         apply, run.objective, tx, accumulate=run.accumulate, ema=ema, seed=run.seed
@@ -70,7 +71,7 @@ def build(run: Run, devices=None) -> Program:
         in_shardings=(placed, batch_shardings(spec, mesh)),
         out_shardings=(placed, None),
     )
-    init = jax.jit(lambda: make_state(module, tx, ema, spec, run.seed), out_shardings=placed)
+    init = jax.jit(lambda: make_state(module, tx, ema, inputs, run.seed), out_shardings=placed)
     return Program(run, mesh, apply, step, init, abstract, abstract_batch(spec, mesh))
 
 
@@ -87,8 +88,6 @@ def fit(
     run = run.check(jax.device_count())
     first = jax.process_index() == 0
     reconcile(run, folder, allow)
-    if debug:
-        jax.config.update("jax_debug_nans", True)
 
     # ---- mesh, model, data ----
     program = build(run)
@@ -110,6 +109,7 @@ def fit(
             contextlib.closing(Recorder(folder, run.steps, active=first, quiet=quiet))
         )
         stack.enter_context(jax.set_mesh(program.mesh))
+        stack.enter_context(jax.debug_nans(debug))
         stop = stack.enter_context(Stop())
 
         # ---- restore or initialise ----
@@ -118,7 +118,7 @@ def fit(
             got = checkpoints.restore(program.state)
             state, start = got.state, got.step
             for step, why in got.rejected.items():
-                out.say(f"checkpoint step {step} set aside as unusable: {why}", "bold red")
+                out.warn(f"checkpoint step {step} set aside as unusable: {why}")
             if got.meta.get("source") is not None:
                 if len(got.meta["source"]) != rows[1]:
                     raise ValueError(
@@ -187,10 +187,9 @@ def fit(
                     out.line(at, row, eta=meter.eta(at))
             if code == DIVERGED:
                 path = save_batch(folder, step, batch)
-                out.say(
+                out.warn(
                     f"stopped at step {step}: loss or gradient not finite for {bad} steps in a row; "
-                    f"the parameters are those of the last good step, the batch is in {path}",
-                    "bold red",
+                    f"nothing of them was saved, the batch is in {path}"
                 )
                 break
             if evaluate_now:

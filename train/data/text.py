@@ -21,10 +21,10 @@ class Text:
     column: Annotated[str, "of JSON lines and Parquet rows"] = "text"
     seq_len: Annotated[int, "tokens a row"] = 256
     packing: Annotated[str, "concat (resumes on any number of hosts) or first_fit"] = "concat"
-    valid_fraction: Annotated[float, "of the documents held out for evaluation"] = 0.05
+    valid_fraction: Annotated[float, "of the documents held out for evaluation"] = 0.1
     cache_dir: Annotated[str, "where to keep tokenised files, memory-mapped; '': in memory"] = ""
 
-    def check(self) -> None:
+    def check(self, mesh_sizes: dict[str, int]) -> None:
         """ValueError naming the field that cannot work; reads no file."""
         if not self.files or not all(self.files):
             raise ValueError(f"source.files={list(self.files)} must name at least one file")
@@ -37,6 +37,12 @@ class Text:
             raise ValueError(f"source.weights={list(self.weights)} must be positive numbers")
         if self.seq_len < 1:
             raise ValueError(f"source.seq_len={self.seq_len} must be at least 1")
+        ring, context = mesh_sizes.get("ring", 1), mesh_sizes.get("context", 1)
+        if self.seq_len % (ring * context):
+            raise ValueError(
+                f"source.seq_len={self.seq_len} is not divisible by mesh.ring={ring} * "
+                f"mesh.context={context}; use a multiple of {ring * context}"
+            )
         if self.packing not in PACKING:
             raise ValueError(f"source.packing={self.packing!r} must be one of {list(PACKING)}")
         if not 0 < self.valid_fraction < 1:
@@ -65,7 +71,7 @@ class Text:
         from train.data.corpus import load_corpus
         from train.data.packing import Rows, Stream, Windows
 
-        self.check()
+        self.check({})
         groups = [(f,) for f in self.files] if self.weights else [self.files]
         whole = [load_corpus(g, self.tokenizer, self.column, self.cache_dir) for g in groups]
         parts = [c.split(self.valid_fraction, split) for c in whole]

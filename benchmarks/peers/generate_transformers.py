@@ -1,0 +1,75 @@
+"""`transformers.generate` with a static cache, driven line by line over stdin and stdout.
+
+`build` (sizes and weights from an .npz, compiled or not), `tokens` (greedy tokens), `time` (seconds
+of one call). Every line in is a JSON command, every line out its JSON answer. Needs torch,
+transformers and numpy.
+"""
+
+import json
+import platform
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import transformers
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests" / "peers"))
+from generation import peer_model  # noqa: E402
+
+SIDES = {}
+
+
+def build(npz, sizes):
+    """The model as it is; `compile` adds the compiled one."""
+    SIDES["static cache"] = peer_model(sizes, dict(np.load(npz)))
+    return {
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+        "threads": torch.get_num_threads(),
+        "parameters": sum(p.numel() for p in SIDES["static cache"].parameters()),
+    }
+
+
+def compile_(npz, sizes):
+    """`transformers` itself compiles on accelerators only, so the forward pass is compiled by hand."""
+    model = peer_model(sizes, dict(np.load(npz)))
+    model.forward = torch.compile(model.forward)
+    SIDES["static cache, compiled"] = model
+    return {}
+
+
+def run(side, prompts, new):
+    """Greedy tokens of one call."""
+    ids = torch.tensor(prompts)
+    with torch.inference_mode():
+        out = SIDES[side].generate(
+            ids, attention_mask=torch.ones_like(ids), do_sample=False, cache_implementation="static",
+            max_new_tokens=new, min_new_tokens=new,
+        )  # fmt: skip
+    return out[:, ids.shape[1] :].tolist()
+
+
+def time_(side, prompts, new):
+    """Seconds of one call."""
+    begin = time.perf_counter()
+    run(side, prompts, new)
+    return time.perf_counter() - begin
+
+
+def main() -> None:
+    """Answers commands until the input ends."""
+    commands = {"build": build, "compile": compile_, "tokens": run, "time": time_}
+    for line in sys.stdin:
+        command = json.loads(line)
+        try:
+            answer = commands[command.pop("do")](**command)
+        except Exception as error:  # what compilers raise has no common type
+            answer = {"error": f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"}
+        print(json.dumps(answer), flush=True)
+
+
+if __name__ == "__main__":
+    main()

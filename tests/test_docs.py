@@ -1,0 +1,96 @@
+"""What README and docs show is run: Python blocks as they stand, commands on small runs."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from configs import presets
+from train.cli import parse, resolve
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+# Appended to the commands that train, so that a page takes seconds.
+SMALL = ["steps=2", "batch=8", "eval_every=0", "model.layers=1", "source.seq_len=32"]
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    """Fenced blocks of a language."""
+    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), re.S | re.M)
+
+
+def commands(page: Path) -> list[list[str]]:
+    """Arguments of every `jaxlab` line of the page's sh blocks, comments left out."""
+    lines = "\n".join(blocks(page, "sh")).splitlines()
+    found = [shlex.split(line, comments=True) for line in lines]
+    return [words[1:] for words in found if words and words[0] == "jaxlab"]
+
+
+def run(arguments, cwd, **env):
+    return subprocess.run(
+        [sys.executable, *arguments], cwd=cwd, capture_output=True, text=True, timeout=300,
+        env=os.environ | {"PYTHONPATH": str(ROOT), **env},
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if blocks(p, "python")], ids=lambda p: p.name)
+def test_python_blocks_run_from_top_to_bottom(page, tmp_path):
+    (tmp_path / "page.py").write_text("\n\n".join(blocks(page, "python")))
+    done = run(["page.py"], tmp_path)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if commands(p)], ids=lambda p: p.name)
+def test_commands_do_what_they_say(page, tmp_path):
+    """In order, in one folder; `make demo` has run before, on a small model."""
+    words = ["train", "demo", *SMALL, "--quiet"]
+    made = run(["-m", "configs", *words], tmp_path, JAX_NUM_CPU_DEVICES="1")
+    assert made.returncode == 0, made.stderr
+    for words in commands(page):
+        args = parse(words)
+        if args.command == "compile":  # run by test_plan.py, where libtpu is installed
+            resolve(presets(), args.config, args.overrides)
+            continue
+        if args.command == "train" and not (args.plan or args.fields):
+            words = [*words, *SMALL]
+        done = run(["-m", "configs", *words], tmp_path, JAX_NUM_CPU_DEVICES="1")
+        assert done.returncode == 0 and (done.stdout or done.stderr), (words, done.stderr)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_links_and_files_that_pages_name_exist(page):
+    text = page.read_text()
+    links = re.findall(r"\]\((?!https?:|#)([^)#]+)", text)
+    files = re.findall(
+        r"`((?:jaxlab|sharding|models|train|configs|tests|benchmarks|launch)/[\w/]+\.\w+)", text
+    )
+    assert not [x for x in links if not (page.parent / x).exists()]
+    assert not [x for x in files if not (ROOT / x).exists()]
+
+
+def test_launch_scripts_are_valid_shell():
+    for script in (ROOT / "launch").glob("*.sh"):
+        assert os.access(script, os.X_OK), script
+        assert subprocess.run(["bash", "-n", str(script)]).returncode == 0
+        said = subprocess.run(["bash", str(script)], capture_output=True, text=True)
+        assert said.returncode != 0 and "usage" in said.stdout + said.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
+def test_the_local_launcher_runs_two_processes(tmp_path):
+    jaxlab = tmp_path / "jaxlab"
+    jaxlab.write_text(f'#!/bin/sh\nexec {sys.executable} -m configs "$@"\n')
+    jaxlab.chmod(0o755)
+    done = subprocess.run(
+        ["bash", str(ROOT / "launch" / "local.sh"), "tiny", "steps=4"],
+        cwd=tmp_path, capture_output=True, text=True, timeout=300,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "JAXLAB": str(jaxlab)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "runs" / "tiny" / "checkpoints" / "4").is_dir()
+    assert '"processes": 2' in (tmp_path / "runs" / "tiny" / "versions.json").read_text()

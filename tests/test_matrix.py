@@ -1,0 +1,129 @@
+"""The composition matrix: model x objective x source x sharding. Each issue adds its rows.
+
+Every legal cell trains, saves, resumes to the same parameters and evaluates, on eight devices; an
+illegal one says why before anything is compiled. Every pair of choices stands in some cell; `slow`
+walks the whole product.
+"""
+
+import dataclasses
+import itertools
+import shutil
+
+import jax
+import numpy as np
+import pytest
+
+from models.decoder import DecoderConfig
+from sharding.mesh import MeshShape
+from train import trainer
+from train.checkpoint import Checkpoints
+from train.data.text import Text
+from train.evaluate import HeldOut
+from train.metrics import read, series
+from train.objectives import NextToken
+from train.optimizer import Optimizer
+from train.run import Run, load_run
+
+SMALL = DecoderConfig(layers=2, d_model=16, heads=4, kv_heads=4, head_dim=4, mlp=32)
+MODELS = {
+    "decoder": SMALL,
+    "qk-norm-tied-remat": dataclasses.replace(
+        SMALL, attention="blockwise", qk_norm=True, tied=True, remat="full"
+    ),
+    "two-mixers": dataclasses.replace(SMALL, pattern=("attention", "attention"), remat="attention"),
+}
+OBJECTIVES = {"next-token": NextToken(), "tiled-z": NextToken(tiles=4, z_loss=1e-4)}
+SOURCES = {
+    "concat": Text(seq_len=32),
+    "first-fit": Text(seq_len=32, packing="first_fit"),
+    "mixture": Text(seq_len=32, files=("builtin:pydoc",) * 2, weights=(3.0, 1.0)),
+}
+SHARDINGS = {
+    "data8": MeshShape(data=8),
+    "fsdp8": MeshShape(data=1, fsdp=8),
+    "data2-tensor4": MeshShape(data=2, tensor=4),
+    "fsdp4-context2": MeshShape(data=1, fsdp=4, context=2),
+    "all": MeshShape(data=1, fsdp=2, context=2, tensor=2),
+}
+OPTIMIZERS = (
+    Optimizer(name="adamw", ema=0.9),
+    Optimizer(name="muon"),
+    Optimizer(name="sgd", lr=0.1),
+)
+AXES = (MODELS, OBJECTIVES, SOURCES, SHARDINGS)
+WHOLE = list(itertools.product(*AXES))
+
+
+def pairwise(cells: list[tuple]) -> list[tuple]:
+    """A few of the cells in which every pair of choices stands (greedy)."""
+    pairs = lambda cell: set(itertools.combinations(enumerate(cell), 2))  # noqa: E731
+    left, chosen = set().union(*map(pairs, cells)), []
+    while left:
+        best = max(cells, key=lambda cell: len(pairs(cell) & left))
+        left -= pairs(best)
+        chosen.append(best)
+    return chosen
+
+
+def build(cell: tuple) -> Run:
+    model, objective, source, sharding = (axis[name] for axis, name in zip(AXES, cell, strict=True))
+    return Run(
+        model=model, objective=objective, source=source, mesh=sharding,
+        evaluators=(HeldOut(batches=1),), optimizer=OPTIMIZERS[WHOLE.index(cell) % 3],
+        steps=3, batch=8, log_every=1, save_every=2,
+    )  # fmt: skip
+
+
+def parameters(folder) -> list[np.ndarray]:
+    checkpoints = Checkpoints(folder / "checkpoints", read_only=True)
+    program = trainer.build(load_run(folder))
+    state = checkpoints.restore(program.state).state
+    checkpoints.close()
+    return [np.asarray(x) for x in jax.tree.leaves(state)]
+
+
+def walk(cell: tuple, folder) -> None:
+    run = build(cell)
+    out = trainer.fit(run, folder, quiet=True)
+    assert out.code == trainer.DONE and out.step == 3 and np.isfinite(out.values["valid/loss"])
+    whole, losses = parameters(folder), series(read(folder), "train", "loss")[1]
+    assert len(losses) == 3 and np.all(np.isfinite(losses))
+    shutil.rmtree(folder / "checkpoints" / "3")
+    again = trainer.fit(run, folder, quiet=True)
+    assert again.values == out.values
+    for a, b in zip(parameters(folder), whole, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("cell", pairwise(WHOLE), ids="+".join)
+def test_every_pair_of_choices(cell, tmp_path):
+    walk(cell, tmp_path / "run")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cell", [c for c in WHOLE if c not in pairwise(WHOLE)], ids="+".join)
+def test_every_cell(cell, tmp_path):
+    walk(cell, tmp_path / "run")
+
+
+ILLEGAL = [
+    ("decoder", "tiled-z", "concat", "data8", {"source": Text(seq_len=30)}, "objective.tiles=4"),
+    ("decoder", "next-token", "concat", "all", {"source": Text(seq_len=31)}, "mesh.context=2"),
+    ("decoder", "next-token", "concat", "data8", {"batch": 12}, "use a multiple of 8"),
+    ("decoder", "next-token", "concat", "data2-tensor4",
+     {"model": dataclasses.replace(SMALL, heads=2, kv_heads=2)}, "mesh.tensor=4"),
+    ("decoder", "next-token", "first-fit", "fsdp8", {"model": dataclasses.replace(SMALL, vocab=9)},
+     "model.vocab=9"),
+    ("decoder", "next-token", "concat", "fsdp8",
+     {"model": dataclasses.replace(SMALL, d_model=12)}, "not divisible by fsdp=8"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", ILLEGAL, ids=lambda c: c[-1])
+def test_an_illegal_cell_says_why_before_compiling(case, tmp_path, monkeypatch):
+    *cell, changes, message = case
+    run = dataclasses.replace(build(tuple(cell)), **changes)
+    monkeypatch.setattr(jax.stages.Lowered, "compile", lambda *_: pytest.fail("compiled"))
+    with pytest.raises(ValueError, match=message.replace(".", r"\.")):
+        trainer.fit(run, tmp_path / "run", quiet=True)
+    assert not (tmp_path / "run").exists()
