@@ -13,11 +13,23 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxlab.linear_attention.chunks import (
-    affine_chunks, cut, mix_buffers, remat, run_chunks, run_tokens, scale_rows, uncut,
+    affine_chunks,
+    cut,
+    mix_buffers,
+    remat,
+    run_chunks,
+    run_tokens,
+    scale_rows,
+    uncut,
 )  # fmt: skip
 from jaxlab.linear_attention.features import SIGNED, feature_map
 from jaxlab.linear_attention.state import (
-    LinAttnState, check_form, check_inputs, first_tokens, start_state, wide_type,
+    LinAttnState,
+    check_form,
+    check_inputs,
+    first_tokens,
+    start_state,
+    wide_type,
 )  # fmt: skip
 from jaxlab.linear_attention.triangular import decay_logs, momentum_coefficients
 
@@ -223,7 +235,8 @@ def _token_step(exclusive: bool) -> Callable:
 
 def _by_chunks(tokens: Tokens, buffers, impl: str, size: int, exclusive: bool):
     length = tokens.q.shape[1]
-    q, k, v, g = (cut(x, size) for x in (tokens.q, tokens.k, tokens.v, tokens.log_decay))
+    cuts = jax.tree.map(lambda x: cut(x, size), tokens)
+    q, k, v, g = cuts[:4]
     s, m = buffers
     if m is None:
         if g is None:
