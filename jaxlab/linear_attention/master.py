@@ -201,7 +201,7 @@ def _reset(tokens: Tokens, segment_ids, exclusive: bool) -> Tokens:
 
 def _pack(state: LinAttnState, tokens: Tokens, normalize: bool):
     """(S, M or None) of the recurrence: z is a column of S."""
-    if normalize:
+    if normalize and state.z is not None:
         return jnp.concatenate([state.S, state.z[..., None]], -1), None
     return state.S, None if tokens.momentum is None else state.M
 
@@ -223,7 +223,7 @@ def _token_step(exclusive: bool) -> Callable:
         s = before
         if token.log_decay is not None:
             s = jnp.exp(token.log_decay)[..., None, None] * s
-        if token.momentum is not None:
+        if token.momentum is not None and token.rate_out is not None:
             m = token.momentum[..., None, None] * m + new
             new = token.rate_out[..., None, None] * m
         s = s + new
@@ -238,7 +238,8 @@ def _by_chunks(tokens: Tokens, buffers, impl: str, size: int, exclusive: bool):
     cuts = jax.tree.map(lambda x: cut(x, size), tokens)
     q, k, v, g = cuts[:4]
     s, m = buffers
-    if m is None:
+    mu, eout = tokens.momentum, tokens.rate_out
+    if mu is None or eout is None:
         if g is None:
             g = jnp.zeros((q.shape[0], 1, 1, size), q.dtype)
         logs, total = decay_logs(g)
@@ -246,8 +247,9 @@ def _by_chunks(tokens: Tokens, buffers, impl: str, size: int, exclusive: bool):
         writes, start, times = [inner[..., -1, :]], s, scale_rows
         carry = reads[0][..., -1, None, None]
     else:
-        lam = jnp.ones_like(tokens.momentum) if g is None else jnp.exp(tokens.log_decay)
-        gates = (cut(lam, size, 1.0), cut(tokens.momentum, size, 1.0), cut(tokens.rate_out, size))
+        # Padding: decay and momentum 1, nothing written.
+        lam = jnp.ones_like(cuts.momentum) if g is None else jnp.exp(g)
+        gates = (lam, cut(mu, size, 1.0), cut(eout, size))
         inner, push, psi, pi, lam = momentum_coefficients(*gates)
         reads, writes = [lam, psi], [inner[..., -1, :], push[..., -1, :]]
         start, times = jnp.concatenate([s, m], -2), mix_buffers
