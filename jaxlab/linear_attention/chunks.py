@@ -80,10 +80,8 @@ def remat(fn: Callable) -> Callable:
     return jax.checkpoint(fn, policy=keep)
 
 
-def cut(x: jax.Array | None, size: int, fill: float = 0.0) -> jax.Array | None:
+def cut(x: jax.Array, size: int, fill: float = 0.0) -> jax.Array:
     """[b, t, h, ...] as [n, b, h, size, ...], the last chunk filled up with `fill`."""
-    if x is None:
-        return None
     widths = [(0, 0), (0, -x.shape[1] % size)] + [(0, 0)] * (x.ndim - 2)
     x = jnp.pad(x, widths, constant_values=fill)
     return rearrange(x, "b (n c) h ... -> n b h c ...", c=size)

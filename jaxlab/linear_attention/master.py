@@ -13,11 +13,23 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxlab.linear_attention.chunks import (
-    affine_chunks, cut, mix_buffers, remat, run_chunks, run_tokens, scale_rows, uncut,
+    affine_chunks,
+    cut,
+    mix_buffers,
+    remat,
+    run_chunks,
+    run_tokens,
+    scale_rows,
+    uncut,
 )  # fmt: skip
 from jaxlab.linear_attention.features import SIGNED, feature_map
 from jaxlab.linear_attention.state import (
-    LinAttnState, check_form, check_inputs, first_tokens, start_state, wide_type,
+    LinAttnState,
+    check_form,
+    check_inputs,
+    first_tokens,
+    start_state,
+    wide_type,
 )  # fmt: skip
 from jaxlab.linear_attention.triangular import decay_logs, momentum_coefficients
 
@@ -189,7 +201,7 @@ def _reset(tokens: Tokens, segment_ids, exclusive: bool) -> Tokens:
 
 def _pack(state: LinAttnState, tokens: Tokens, normalize: bool):
     """(S, M or None) of the recurrence: z is a column of S."""
-    if normalize:
+    if normalize and state.z is not None:
         return jnp.concatenate([state.S, state.z[..., None]], -1), None
     return state.S, None if tokens.momentum is None else state.M
 
@@ -211,7 +223,7 @@ def _token_step(exclusive: bool) -> Callable:
         s = before
         if token.log_decay is not None:
             s = jnp.exp(token.log_decay)[..., None, None] * s
-        if token.momentum is not None:
+        if token.momentum is not None and token.rate_out is not None:
             m = token.momentum[..., None, None] * m + new
             new = token.rate_out[..., None, None] * m
         s = s + new
@@ -223,9 +235,11 @@ def _token_step(exclusive: bool) -> Callable:
 
 def _by_chunks(tokens: Tokens, buffers, impl: str, size: int, exclusive: bool):
     length = tokens.q.shape[1]
-    q, k, v, g = (cut(x, size) for x in (tokens.q, tokens.k, tokens.v, tokens.log_decay))
+    cuts = jax.tree.map(lambda x: cut(x, size), tokens)
+    q, k, v, g = cuts[:4]
     s, m = buffers
-    if m is None:
+    mu, eout = tokens.momentum, tokens.rate_out
+    if mu is None or eout is None:
         if g is None:
             g = jnp.zeros((q.shape[0], 1, 1, size), q.dtype)
         logs, total = decay_logs(g)
@@ -233,8 +247,9 @@ def _by_chunks(tokens: Tokens, buffers, impl: str, size: int, exclusive: bool):
         writes, start, times = [inner[..., -1, :]], s, scale_rows
         carry = reads[0][..., -1, None, None]
     else:
-        lam = jnp.ones_like(tokens.momentum) if g is None else jnp.exp(tokens.log_decay)
-        gates = (cut(lam, size, 1.0), cut(tokens.momentum, size, 1.0), cut(tokens.rate_out, size))
+        # Padding: decay and momentum 1, nothing written.
+        lam = jnp.ones_like(cuts.momentum) if g is None else jnp.exp(g)
+        gates = (lam, cut(mu, size, 1.0), cut(eout, size))
         inner, push, psi, pi, lam = momentum_coefficients(*gates)
         reads, writes = [lam, psi], [inner[..., -1, :], push[..., -1, :]]
         start, times = jnp.concatenate([s, m], -2), mix_buffers

@@ -13,13 +13,28 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxlab.linear_attention.chunks import (
-    AffineChunks, affine_chunks, compose, cut, remat, run_chunks, run_tokens, scale_rows, uncut,
+    AffineChunks,
+    affine_chunks,
+    compose,
+    cut,
+    remat,
+    run_chunks,
+    run_tokens,
+    scale_rows,
+    uncut,
 )  # fmt: skip
 from jaxlab.linear_attention.state import (
-    LinAttnState, check_form, check_inputs, first_tokens, start_state, wide_type,
+    LinAttnState,
+    check_form,
+    check_inputs,
+    first_tokens,
+    start_state,
+    wide_type,
 )  # fmt: skip
 from jaxlab.linear_attention.triangular import (
-    decay_logs, decayed_products, tri_inverse_unit_lower,
+    decay_logs,
+    decayed_products,
+    tri_inverse_unit_lower,
 )  # fmt: skip
 
 State = Float[Array, "b h k kv"] | LinAttnState | None
@@ -192,7 +207,8 @@ def _attend(
         if impl == "recurrent":
             out, final = run_tokens(_token_step, start, tokens)
         else:
-            out, final = run_chunks(_maps(Tokens(*(cut(x, size) for x in tokens))), start, impl)
+            cuts = jax.tree.map(lambda x: cut(x, size), tokens)
+            out, final = run_chunks(_maps(cuts), start, impl)
             out = uncut(out, length)
         return out.astype(v.dtype), final
 
@@ -223,7 +239,7 @@ def _reset(tokens: Tokens, segment_ids) -> Tokens:
         return tokens
     first, g = first_tokens(segment_ids), tokens.log_decay
     if g is None:
-        g = jnp.zeros_like(tokens.beta)
+        g = jnp.zeros(tokens.q.shape[:-1], tokens.q.dtype)
     first = first if g.ndim == 3 else first[..., None]
     return tokens._replace(log_decay=jnp.where(first, -jnp.inf, g))
 
@@ -241,7 +257,8 @@ def _token_step(s: jax.Array, token: Tokens) -> tuple[jax.Array, jax.Array]:
 def _maps(chunk: Tokens) -> AffineChunks:
     """The affine map of each chunk, arrays [n, b, h, c, ...]; padding has k = v = g = beta = 0."""
     q, k, v, g, beta = chunk
-    queries = (q,) if beta is None else (q, beta[..., None] * k)
+    strong_k = k if beta is None else beta[..., None] * k
+    queries = (q,) if beta is None else (q, strong_k)
     if g is not None and g.ndim == k.ndim:
         products, into, after = decayed_products(queries, k, g)
     else:
@@ -256,7 +273,7 @@ def _maps(chunk: Tokens) -> AffineChunks:
     if beta is None:
         return affine_chunks(scale_rows, whole, inner, read, write, v)
     # u = solved_v - solved_k S: what the delta rule writes, the chunk's own writes accounted for.
-    both = jnp.concatenate([beta[..., None] * v, queries[1] * into], -1)
+    both = jnp.concatenate([beta[..., None] * v, strong_k * into], -1)
     solved = tri_inverse_unit_lower(products[1]) @ both
     solved_v, solved_k = jnp.split(solved, [v.shape[-1]], -1)
     carry = jnp.eye(k.shape[-1], dtype=k.dtype) * whole - write.mT @ solved_k

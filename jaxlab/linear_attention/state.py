@@ -53,7 +53,8 @@ def check_inputs(
 ) -> None:
     """Ranks, shapes and types of q, k [b, t, h, k], v [b, t, h, v] and gates; no t if `steps`.
 
-    Gates may be None if `optional`. TypeError unless q, k, v are floating; ValueError names the argument that does not fit.
+    Gates may be None if `optional`. TypeError unless q, k, v are floating;
+    ValueError names the argument that does not fit.
     """
     axes, letters = (2, "b h") if steps else (3, "b t h")
     for name, x in {"q": q, "k": k, "v": v}.items():

@@ -99,8 +99,8 @@ def decayed_products(
     log-decays, so that a level is one matrix product and no factor exceeds 1 when decay does not.
     """
     length = k.shape[-2]
-    *queries, k, into = (_pad(x, -2) for x in (*queries, k, log_decay))
-    products = [jnp.sum(q * k, -1)[..., None, None] for q in queries]
+    *padded, k, into = (_pad(x, -2) for x in (*queries, k, log_decay))
+    products = [jnp.sum(q * k, -1)[..., None, None] for q in padded]
     after = jnp.zeros_like(into)
     size = 1
     while size < k.shape[-2]:
@@ -112,7 +112,7 @@ def decayed_products(
         (into0, into1), (after0, after1) = halves(into), halves(after)
         key = (halves(k)[0] * jnp.exp(after0)).mT
         fade = jnp.exp(into1)
-        for n, q in enumerate(queries):
+        for n, q in enumerate(padded):
             left, right = _pair(products[n], -3)
             products[n] = _join(left, (halves(q)[1] * fade) @ key, right)
         into = jnp.stack([into0, into1 + into0[..., -1:, :]], -3).reshape(into.shape)
