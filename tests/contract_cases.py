@@ -6,6 +6,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxlab import linear_attention as la
+from jaxlab import ttt
 from jaxlab.attention import blockwise_attention, dense_attention
 from jaxlab.rope import apply_rope, rope_frequencies
 from jaxlab.tiled import tiled_cross_entropy, tiled_mlp, token_log_probs

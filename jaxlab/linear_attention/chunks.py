@@ -1,9 +1,9 @@
 """One affine map a chunk: what every method of this package becomes, and how the maps are run.
 
 A chunk reads out = local + read @ S and leaves S' = carry S + write, with S the state that enters
-it. Whatever is quadratic in the chunk or reads its tokens is a product batched over all chunks;
+it. Whatever is quadratic in the chunk or reads its tokens is a product batched over a group of chunks;
 only S' = carry S + write is sequential. Arrays: [n, b, h, c, k], n chunks of c tokens first.
-The gradient stores the inputs and the states between chunks, and recomputes the rest.
+The gradient stores inputs and states between groups, and makes the rest again, group by group.
 Source: note on TTT as linear attention, sections 5.3, 6 and 9.
 """
 
@@ -14,26 +14,25 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from einops import rearrange
-from jax.ad_checkpoint import checkpoint_name
 
 from jaxlab.varying import vary_like
 
-STATE_NAME = "linear_attention_state"
+# Chunks whose maps are in memory at once.
+GROUP = 4
 
 
 class AffineChunks(NamedTuple):
-    """The maps of all chunks; `times` multiplies a carry with a state or with another carry."""
+    """The maps of n chunks."""
 
-    times: Callable
-    carry: jax.Array  # [n, b, h, ...], whatever `times` takes
+    carry: jax.Array  # [n, b, h, ...], whatever `times` of the method takes
     write: jax.Array  # [n, b, h, k, v]
     read: jax.Array  # [n, b, h, c, k]
     local: jax.Array  # [n, b, h, c, v]
 
 
-def affine_chunks(times, carry, inner, read, write, v) -> AffineChunks:
+def affine_chunks(carry, inner, read, write, v) -> AffineChunks:
     """From inner [c, c] (what token t reads of value i), and read and write [c, k] of each token."""
-    return AffineChunks(times, carry, write.mT @ v, read, inner @ v)
+    return AffineChunks(carry, write.mT @ v, read, inner @ v)
 
 
 scale_rows: Callable = operator.mul  # carry [..., 1 or k, 1]: a decay for each row of the state
@@ -47,42 +46,53 @@ def mix_buffers(carry: jax.Array, state: jax.Array) -> jax.Array:
     return out.reshape(*out.shape[:-2], rows, columns)
 
 
-def run_chunks(maps: AffineChunks, start: jax.Array, impl: str) -> tuple[jax.Array, jax.Array]:
-    """(out [n, b, h, c, v], state after the last chunk) of chunks entered with `start`."""
-    start = vary_like(start, maps.carry, maps.write)
-    if impl == "scan":
+def run_chunks(
+    prepare: Callable, times: Callable, chunks, start: jax.Array, impl: str
+) -> tuple[jax.Array, jax.Array]:
+    """(out [n, b, h, c, v], state after the last chunk) of chunks entered with `start`.
 
-        def combine(first, second):
-            (a1, x1), (a2, x2) = first, second
-            return maps.times(a2, a1), maps.times(a2, x1) + x2
-
-        total = jax.lax.associative_scan(combine, (maps.carry, maps.write))
-        after = maps.times(total[0], start) + total[1]
-        entering = checkpoint_name(jnp.concatenate([start[None], after[:-1]]), STATE_NAME)
-        final = after[-1]
-    else:
-
-        def body(state, step):
-            state = checkpoint_name(state, STATE_NAME)
-            return maps.times(step[0], state) + step[1], state
-
-        final, entering = jax.lax.scan(body, start, (maps.carry, maps.write))
-    return maps.local + maps.read @ entering, final
-
-
-def remat(fn: Callable) -> Callable:
-    """`fn` whose gradient keeps its arguments and the states between chunks only.
-
-    Besides memory, this avoids a crash of jaxlib 0.11.2: the gradient of an associative scan inside
-    shard_map.
+    `prepare(chunks of a group) -> AffineChunks`; `times` multiplies a carry with a state or with
+    another carry. The gradient makes one group of maps after another again.
     """
-    keep = jax.checkpoint_policies.save_only_these_names(STATE_NAME)
-    return jax.checkpoint(fn, policy=keep)
+    n = jax.tree.leaves(chunks)[0].shape[0]
+    groups = -(-n // GROUP)
+    chunks = jax.tree.map(lambda x: x.reshape(groups, n // groups, *x.shape[1:]), chunks)
+    start = vary_like(start, chunks)
+    flat = lambda x: x.reshape(n, *x.shape[2:])  # noqa: E731
+
+    def walk(state, step):
+        return times(step[0], state) + step[1], state
+
+    def group(state, part):
+        maps = prepare(part)
+        state, entering = jax.lax.scan(walk, state, (maps.carry, maps.write))
+        return state, maps.local + maps.read @ entering
+
+    if impl != "scan":
+        final, out = jax.lax.scan(jax.checkpoint(group, prevent_cse=False), start, chunks)
+        return flat(out), final
+
+    def combine(first, second):
+        (a1, x1), (a2, x2) = first, second
+        return times(a2, a1), times(a2, x1) + x2
+
+    # Made again too: the gradient of an associative scan in shard_map crashes jaxlib 0.11.2.
+    @jax.checkpoint
+    def states(carry, write, start):
+        total = jax.lax.associative_scan(combine, (carry, write))
+        return jnp.concatenate([start[None], times(total[0], start) + total[1]])
+
+    maps = jax.tree.map(flat, jax.lax.map(jax.checkpoint(prepare, prevent_cse=False), chunks))
+    entered = states(maps.carry, maps.write, start)
+    return maps.local + maps.read @ entered[:-1], entered[-1]
 
 
 def cut(x: jax.Array, size: int, fill: float = 0.0) -> jax.Array:
-    """[b, t, h, ...] as [n, b, h, size, ...], the last chunk filled up with `fill`."""
-    widths = [(0, 0), (0, -x.shape[1] % size)] + [(0, 0)] * (x.ndim - 2)
+    """[b, t, h, ...] as [n, b, h, size, ...], filled up with `fill` to groups of as many chunks."""
+    n = -(-x.shape[1] // size)
+    groups = -(-n // GROUP)
+    n = groups * -(-n // groups)
+    widths = [(0, 0), (0, n * size - x.shape[1])] + [(0, 0)] * (x.ndim - 2)
     x = jnp.pad(x, widths, constant_values=fill)
     return rearrange(x, "b (n c) h ... -> n b h c ...", c=size)
 

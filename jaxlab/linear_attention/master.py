@@ -5,6 +5,7 @@ Source: note on TTT as linear attention, section 5; linear attention: Katharopou
 scalar decay: RetNet, Mamba-2.
 """
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -13,10 +14,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxlab.linear_attention.chunks import (
+    AffineChunks,
     affine_chunks,
     cut,
     mix_buffers,
-    remat,
     run_chunks,
     run_tokens,
     scale_rows,
@@ -74,7 +75,8 @@ def linear_attention(
 
     `impl` changes speed, not numbers: "chunkwise" (a scan over chunk states), "scan" (an associative
     scan over them), "parallel" (a single chunk: quadratic), "recurrent" (token by token). A gradient
-    stores t / chunk_size states, "recurrent" t. Any chunk_size >= 1 will do.
+    stores a state every few chunks, "scan" every chunk, "recurrent" every token. Any
+    chunk_size >= 1 will do.
 
     `initial_state` is S or a LinAttnState, whose structure is kept; a z that no normaliser reads is
     handed back as it came. Where `segment_ids` changes, the state is zeroed before the token.
@@ -104,7 +106,6 @@ def linear_attention(
 
     if not length:
         return jnp.zeros_like(v), state if return_state else None
-    run = run if impl == "recurrent" else remat(run)
     out, state = run(q, k, v, gates, segment_ids, state)
     return out, state if return_state else None
 
@@ -235,36 +236,48 @@ def _token_step(exclusive: bool) -> Callable:
 
 def _by_chunks(tokens: Tokens, buffers, impl: str, size: int, exclusive: bool):
     length = tokens.q.shape[1]
-    cuts = jax.tree.map(lambda x: cut(x, size), tokens)
-    q, k, v, g = cuts[:4]
+    # Padding writes nothing and keeps both buffers: k = v = log_decay = 0, momentum 1.
+    chunks = jax.tree.map(lambda x: cut(x, size), tokens)
     s, m = buffers
-    mu, eout = tokens.momentum, tokens.rate_out
-    if mu is None or eout is None:
-        if g is None:
-            g = jnp.zeros((q.shape[0], 1, 1, size), q.dtype)
-        logs, total = decay_logs(g)
-        inner, reads = jnp.exp(logs), [jnp.exp(total)]
-        writes, start, times = [inner[..., -1, :]], s, scale_rows
-        carry = reads[0][..., -1, None, None]
+    if tokens.momentum is None:
+        prepare, times, start = _decay_maps, scale_rows, s
     else:
-        # Padding: decay and momentum 1, nothing written.
-        lam = jnp.ones_like(cuts.momentum) if g is None else jnp.exp(g)
-        gates = (lam, cut(mu, size, 1.0), cut(eout, size))
-        inner, push, psi, pi, lam = momentum_coefficients(*gates)
-        reads, writes = [lam, psi], [inner[..., -1, :], push[..., -1, :]]
-        start, times = jnp.concatenate([s, m], -2), mix_buffers
-        ends = (lam, psi, jnp.zeros_like(pi), pi)
-        carry = jnp.stack([x[..., -1] for x in ends], -1)
-        carry = carry.reshape(*carry.shape[:-1], 2, 2)
+        chunks = chunks._replace(momentum=cut(tokens.momentum, size, 1.0))
+        prepare, times, start = _momentum_maps, mix_buffers, jnp.concatenate([s, m], -2)
+    out, final = run_chunks(functools.partial(prepare, exclusive), times, chunks, start, impl)
+    s, m = (final, None) if m is None else jnp.split(final, 2, -2)
+    return uncut(out, length), (s, m)
+
+
+def _decay_maps(exclusive: bool, chunk: Tokens) -> AffineChunks:
+    g = chunk.log_decay
+    if g is None:
+        g = jnp.zeros((chunk.q.shape[0], 1, 1, chunk.q.shape[3]), chunk.q.dtype)
+    logs, total = decay_logs(g)
+    inner, reads = jnp.exp(logs), [jnp.exp(total)]
+    carry = reads[0][..., -1, None, None]
+    return _maps(exclusive, chunk, carry, inner, reads, [inner[..., -1, :]])
+
+
+def _momentum_maps(exclusive: bool, chunk: Tokens) -> AffineChunks:
+    mu, g = chunk.momentum, chunk.log_decay
+    lam = jnp.ones_like(mu) if g is None else jnp.exp(g)
+    inner, push, psi, pi, lam = momentum_coefficients(lam, mu, chunk.rate_out)
+    ends = (lam, psi, jnp.zeros_like(pi), pi)
+    carry = jnp.stack([x[..., -1] for x in ends], -1)
+    carry = carry.reshape(*carry.shape[:-1], 2, 2)
+    writes = [inner[..., -1, :], push[..., -1, :]]
+    return _maps(exclusive, chunk, carry, inner, [lam, psi], writes)
+
+
+def _maps(exclusive: bool, chunk: Tokens, carry, inner, reads, writes) -> AffineChunks:
+    """From what each token reads of a buffer, and what its write leaves in it, [..., c] a buffer."""
     if exclusive:  # the row of the token before; before the first, only S
         shift = [(0, 0)] * (inner.ndim - 2) + [(1, 0)]
         inner = jnp.pad(inner[..., :-1, :], [*shift, (0, 0)])
         reads = [jnp.pad(x[..., :-1], shift, constant_values=1 - n) for n, x in enumerate(reads)]
     read, write = (
         jnp.concatenate([x * w[..., None] for w in rows], -1)
-        for x, rows in ((q, reads), (k, writes))
+        for x, rows in ((chunk.q, reads), (chunk.k, writes))
     )
-    maps = affine_chunks(times, carry, (q @ k.mT) * inner, read, write, v)
-    out, final = run_chunks(maps, start, impl)
-    s, m = (final, None) if m is None else jnp.split(final, 2, -2)
-    return uncut(out, length), (s, m)
+    return affine_chunks(carry, (chunk.q @ chunk.k.mT) * inner, read, write, chunk.v)

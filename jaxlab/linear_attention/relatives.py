@@ -17,7 +17,6 @@ from jaxlab.linear_attention.chunks import (
     affine_chunks,
     compose,
     cut,
-    remat,
     run_chunks,
     run_tokens,
     scale_rows,
@@ -208,13 +207,13 @@ def _attend(
             out, final = run_tokens(_token_step, start, tokens)
         else:
             cuts = jax.tree.map(lambda x: cut(x, size), tokens)
-            out, final = run_chunks(_maps(cuts), start, impl)
+            times = scale_rows if tokens.beta is None else compose
+            out, final = run_chunks(_maps, times, cuts, start, impl)
             out = uncut(out, length)
         return out.astype(v.dtype), final
 
     if not length:
         return jnp.zeros_like(v), state if return_state else None
-    run = run if impl == "recurrent" else remat(run)
     out, final = run(q, k, v, {**token, **channel}, segment_ids, state.S)
     return out, state._replace(S=final) if return_state else None
 
@@ -271,11 +270,11 @@ def _maps(chunk: Tokens) -> AffineChunks:
     whole = into[..., -1, :, None]  # the decay of the chunk, [..., 1 or k, 1]
     read, write, inner = q * into, k * after, products[0]
     if beta is None:
-        return affine_chunks(scale_rows, whole, inner, read, write, v)
+        return affine_chunks(whole, inner, read, write, v)
     # u = solved_v - solved_k S: what the delta rule writes, the chunk's own writes accounted for.
     both = jnp.concatenate([beta[..., None] * v, strong_k * into], -1)
     solved = tri_inverse_unit_lower(products[1]) @ both
     solved_v, solved_k = jnp.split(solved, [v.shape[-1]], -1)
     carry = jnp.eye(k.shape[-1], dtype=k.dtype) * whole - write.mT @ solved_k
     read = read - inner @ solved_k
-    return affine_chunks(compose, carry, inner, read, write, solved_v)
+    return affine_chunks(carry, inner, read, write, solved_v)
