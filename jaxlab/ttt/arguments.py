@@ -50,28 +50,38 @@ def batched(name: str, x, shape: tuple[int, ...], batch: int, wide) -> jax.Array
 
 
 def batched_weights(
-    fw: FastWeights, net: str, batch: int, heads: int | None, dk: int | None, dv: int | None, wide
+    fw: FastWeights,
+    net: str,
+    batch: int,
+    heads: int | None,
+    dk: int | None,
+    dv: int | None,
+    wide,
+    name: str = "fw",
 ) -> FastWeights:
     """Fast weights of a swiglu or linear net as arrays [batch, heads, in, out] of type `wide`.
 
-    `heads`, `dk`, `dv` None take any number. A linear net has w1 only, and w0, w2 become None.
+    `heads`, `dk`, `dv` None take any number; errors call the weights `name`. A linear
+    net has w1 only, and w0, w2 become None.
     """
     if not isinstance(fw, FastWeights):
-        raise TypeError(f"fw is a {type(fw).__name__}; it must be FastWeights")
+        raise TypeError(f"{name} is a {type(fw).__name__}; it must be FastWeights")
 
-    def sizes(name, x):
+    def sizes(which, x):
         if x is None or jnp.ndim(x) not in (3, 4):
             got = "None" if x is None else f"shape {jnp.shape(x)}"
-            raise ValueError(f"fw.{name} has {got}; expected axes (H, in, out) or (B, H, in, out)")
+            raise ValueError(
+                f"{name}.{which} has {got}; expected axes (H, in, out) or (B, H, in, out)"
+            )
         return jnp.shape(x)[-3:]
 
     h, inner, out = sizes("w1", fw.w1)
     h = h if heads is None else heads
     dv = out if dv is None else dv
     if net == "linear":
-        w1 = batched("fw.w1 of a linear net", fw.w1, (h, dk or inner, dv), batch, wide)
+        w1 = batched(f"{name}.w1 of a linear net", fw.w1, (h, dk or inner, dv), batch, wide)
         return FastWeights(None, w1, None)
     dk = sizes("w0", fw.w0)[1] if dk is None else dk
-    w0 = batched("fw.w0", fw.w0, (h, dk, inner), batch, wide)
-    w2 = batched("fw.w2", fw.w2, (h, dk, inner), batch, wide)
-    return FastWeights(w0, batched("fw.w1", fw.w1, (h, inner, dv), batch, wide), w2)
+    w0 = batched(f"{name}.w0", fw.w0, (h, dk, inner), batch, wide)
+    w2 = batched(f"{name}.w2", fw.w2, (h, dk, inner), batch, wide)
+    return FastWeights(w0, batched(f"{name}.w1", fw.w1, (h, inner, dv), batch, wide), w2)

@@ -63,7 +63,10 @@ class InnerConfig:
     query: str = "q"  # "k": the read-out uses k
 
     def __post_init__(self):
-        names = tuple(self.update)
+        try:
+            names = tuple(self.update)
+        except TypeError as error:
+            raise ValueError(f"update={self.update!r} must be names among {NAMES}") from error
         for name in names:
             check_choice("each name in update", name, *NAMES)
         # One order, so that equal sets are equal (and equally hashed) configurations.

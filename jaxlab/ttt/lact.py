@@ -62,7 +62,7 @@ def _choose(impl: str, cfg: InnerConfig, momentum: bool) -> str:
 
 def _check_state(state: TTTState, cfg: InnerConfig, b: int, h: int, dk: int, dv: int, wide):
     """`state` in type `wide`, if it is of this configuration and of these sizes."""
-    fw = batched_weights(state.fw, cfg.net, b, h, dk, dv, wide)
+    fw = batched_weights(state.fw, cfg.net, b, h, dk, dv, wide, "state.fw")
     expected = jax.eval_shape(lambda fw: state_of(fw, cfg), fw)
     shapes = lambda tree: jax.tree.map(jnp.shape, tree)  # noqa: E731
     if jax.tree.structure(state) != jax.tree.structure(expected) or shapes(state) != shapes(
