@@ -11,15 +11,20 @@ LOCK := $(wildcard constraints/py$(TAG).txt)
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(addprefix -c ,$(LOCK))
 WORKERS ?= 2
 
-.PHONY: demo test test-slow lint format clean
+PEERS ?= .venv/peers-$(TAG)
+.PHONY: demo test test-slow test-peers lint format clean
 demo: $(VENV)/ready
 	$(BIN)/jaxlab train demo
 
 test: $(VENV)/ready-dev
-	$(BIN)/python -m pytest -n $(WORKERS) -m "not slow"
+	$(BIN)/python -m pytest -n $(WORKERS) -m "not slow and not peers"
 
 test-slow: $(VENV)/ready-aot
 	$(BIN)/python -m pytest -m slow
+
+# PyTorch's libraries live in an environment of their own; `make test` needs none of them.
+test-peers: $(PEERS)/ready
+	$(PEERS)/bin/python -m pytest -m peers tests/peers
 
 lint: $(VENV)/ready-dev
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/pyright --pythonpath $(BIN)/python
@@ -41,6 +46,14 @@ $(VENV)/ready: pyproject.toml $(LOCK) | $(BIN)/python
 
 $(VENV)/ready-dev: $(VENV)/ready
 	$(PIP) -e '.[dev]'
+	@touch $@
+
+$(PEERS)/ready: pyproject.toml $(wildcard constraints/peers-py$(TAG).txt)
+	$(PYTHON) -m venv $(PEERS)
+	@echo "installing PyTorch's side into $(PEERS) (some minutes)"
+	$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check \
+		$(addprefix -c ,$(wildcard constraints/peers-py$(TAG).txt)) \
+		torch==2.13.0 transformers peft pytest hypothesis scipy -e '.[hf]'
 	@touch $@
 
 $(VENV)/ready-aot: $(VENV)/ready-dev

@@ -48,18 +48,20 @@ def lora_init(
     if init not in ("normal", "kaiming"):
         raise ValueError(f"init={init!r} must be 'normal' or 'kaiming'")
     chosen = [(path, leaf, target(path, leaf)) for path, leaf in flatten(params).items()]
-    chosen = [(path, leaf, Sides() if how is True else how) for path, leaf, how in chosen if how]
+    chosen = [c for c in chosen if c[2]]
     if not chosen:
         raise ValueError(f"target matches none of the parameters {sorted(flatten(params))}")
     for path, leaf, how in chosen:
-        if not isinstance(how, Sides) or how.inputs < 1 or leaf.ndim - sum(how) < 1:
-            raise ValueError(f"target {path} of shape {leaf.shape} is no matrix under {how}")
-        if how == Sides() and leaf.ndim != 2:
+        if how is True and leaf.ndim > 2:
             raise ValueError(
                 f"target {path} of shape {leaf.shape}: say how it is a matrix by Sides"
             )
+        sides = how if isinstance(how, Sides) else Sides()
+        if sides.inputs < 1 or leaf.ndim - sum(sides) < 1:
+            raise ValueError(f"target {path} of shape {leaf.shape} is no matrix under {sides}")
+    fixed = [(path, leaf, how if isinstance(how, Sides) else Sides()) for path, leaf, how in chosen]
     out = {}
-    for one, (path, leaf, how) in zip(jax.random.split(key, len(chosen)), chosen, strict=True):
+    for one, (path, leaf, how) in zip(jax.random.split(key, len(fixed)), fixed, strict=True):
         stack, rest = leaf.shape[: how.stack], leaf.shape[how.stack :]
         a_shape = (*stack, *rest[: how.inputs], rank)
         scale, kind = math.prod(rest[: how.inputs]) ** -0.5, dtype or leaf.dtype

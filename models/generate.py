@@ -15,6 +15,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from jaxlab.sampling import PLAIN, Sampling, draw
 from models.decoder import Decoder
+from models.lora import LoraModule
 from sharding.rules import constrain, current_rules, use_rules
 
 
@@ -41,7 +42,7 @@ class Progress(NamedTuple):
 
 
 def generate(
-    module: Decoder,
+    module: Decoder | LoraModule,
     params,
     prompts: Int[Array, "b p"],
     lengths: Int[Array, "b"],
@@ -69,7 +70,7 @@ def generate(
 
 
 def prefill(
-    module: Decoder,
+    module: Decoder | LoraModule,
     params,
     prompts: Int[Array, "b p"],
     lengths: Int[Array, "b"],
@@ -111,7 +112,7 @@ def prefill(
 
 
 def decode(
-    module: Decoder,
+    module: Decoder | LoraModule,
     params,
     progress: Progress,
     *,
@@ -175,7 +176,7 @@ def decode(
     return progress, Generated(tokens, logprobs, entropies, lengths, done, sampling_logprobs)
 
 
-def _call(module: Decoder, params, method: str, *args) -> Any:
+def _call(module: Decoder | LoraModule, params, method: str, *args) -> Any:
     return module.apply({"params": params}, *args, method=method)
 
 
@@ -191,7 +192,7 @@ def _keys(key: jax.Array, b: int, samples: int) -> Key[Array, "b n"]:
     return key
 
 
-def _repeat_states(module: Decoder, states, samples: int):
+def _repeat_states(module: Decoder | LoraModule, states, samples: int):
     """Every row `samples` times; leaves are [batch, ...] or scalars, behind the layers if stacked."""
     axis = 0 if module.unrolled else 1
 

@@ -86,7 +86,7 @@ def test_gradients_are_finite_and_of_the_argument_s_type(case, dtype):
     for i, grad in zip(which, grads, strict=True):
         chex.assert_trees_all_equal_shapes_and_dtypes(grad, args[i])
         assert all(bool(jnp.all(jnp.isfinite(g))) for g in jax.tree.leaves(grad))
-        assert any(bool(jnp.any(g != 0)) for g in jax.tree.leaves(grad))
+    assert any(bool(jnp.any(g != 0)) for g in jax.tree.leaves(grads))
 
 
 @every

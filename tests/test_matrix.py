@@ -14,11 +14,12 @@ import numpy as np
 import pytest
 
 from models.decoder import DecoderConfig
+from models.lora import FROZEN_BASE, Lora
 from sharding.mesh import MeshShape
 from train import trainer
 from train.checkpoint import Checkpoints
 from train.data.text import Text
-from train.evaluate import HeldOut
+from train.evaluate import HeldOut, Sample
 from train.metrics import read, series
 from train.objectives import NextToken
 from train.optimizer import Optimizer
@@ -45,6 +46,7 @@ SHARDINGS = {
     "fsdp4-context2": MeshShape(data=1, fsdp=4, context=2),
     "all": MeshShape(data=1, fsdp=2, context=2, tensor=2),
 }
+MODELS["lora"] = Lora(base=SMALL, rank=2)
 OPTIMIZERS = (
     Optimizer(name="adamw", ema=0.9),
     Optimizer(name="muon"),
@@ -67,9 +69,12 @@ def pairwise(cells: list[tuple]) -> list[tuple]:
 
 def build(cell: tuple) -> Run:
     model, objective, source, sharding = (axis[name] for axis, name in zip(AXES, cell, strict=True))
+    optimizer = OPTIMIZERS[WHOLE.index(cell) % 3]
+    if isinstance(model, Lora):
+        optimizer = dataclasses.replace(optimizer, freeze=FROZEN_BASE)
     return Run(
         model=model, objective=objective, source=source, mesh=sharding,
-        evaluators=(HeldOut(batches=1),), optimizer=OPTIMIZERS[WHOLE.index(cell) % 3],
+        evaluators=(HeldOut(batches=1), Sample(tokens=3)), optimizer=optimizer,
         steps=3, batch=8, log_every=1, save_every=2,
     )  # fmt: skip
 

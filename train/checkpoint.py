@@ -22,24 +22,38 @@ for noisy in ("absl", "orbax", "asyncio"):
     logging.getLogger(noisy).setLevel(logging.CRITICAL)
 
 
-@jax.jit
 def fingerprint(tree: Any) -> UInt32[Array, "leaves"]:
     """One checksum a leaf: sum over elements i of bits_i * (2 i + 1), modulo 2^32.
 
     Integer sums are exact in any order, so the value does not depend on the mesh; 2 i + 1 is odd, so
-    every single flipped bit changes it.
+    every single flipped bit changes it. Stacks of layers are summed layer by layer: the 32-bit copy
+    of one is all the memory it takes.
     """
 
     def one(x: jax.Array) -> jax.Array:
-        width = x.dtype.itemsize * 8
-        bits = jax.lax.bitcast_convert_type(x, f"uint{min(width, 32)}").astype(jnp.uint32)
-        index, stride = jnp.zeros(bits.shape, jnp.uint32), 1
-        for axis in reversed(range(bits.ndim)):
-            place = jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis)
-            index, stride = index + place * np.uint32(stride % 2**32), stride * bits.shape[axis]
-        return jnp.sum(bits * (2 * index + 1), dtype=jnp.uint32)
+        if x.ndim < 3:
+            return _checksum(x, np.uint32(0))
+        size = math.prod(x.shape[1:])
+        starts = [np.uint32(i * size % 2**32) for i in range(x.shape[0])]
+        return jnp.stack([_checksum(x, start, i) for i, start in enumerate(starts)]).sum(
+            dtype=jnp.uint32
+        )
 
     return jnp.stack([one(x) for x in jax.tree.leaves(tree)])
+
+
+@jax.jit
+def _checksum(x: jax.Array, start: jax.Array, layer: jax.Array | None = None) -> jax.Array:
+    """The sum over x, or over one layer of it, whose first element has the index `start`."""
+    if layer is not None:
+        x = jax.lax.dynamic_index_in_dim(x, layer, keepdims=False)
+    width = x.dtype.itemsize * 8
+    bits = jax.lax.bitcast_convert_type(x, f"uint{min(width, 32)}").astype(jnp.uint32)
+    index, stride = jnp.full(bits.shape, start, jnp.uint32), 1
+    for axis in reversed(range(bits.ndim)):
+        place = jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis)
+        index, stride = index + place * np.uint32(stride % 2**32), stride * bits.shape[axis]
+    return jnp.sum(bits * (2 * index + 1), dtype=jnp.uint32)
 
 
 def state_bytes(abstract: Any) -> int:
@@ -139,9 +153,10 @@ class Checkpoints:
         """The newest step that reads and verifies (or exactly `step`), placed as `abstract` asks.
 
         `abstract` gives shape, type and sharding of every leaf; another mesh or floating type than
-        at saving is fine. Newer steps that are damaged are set aside once an older one is found to be
-        good. ValueError when the checkpoint is of another model, FileNotFoundError when no step is
-        usable; both change nothing.
+        at saving is fine. Of a checkpoint saved as a dict of some of its fields (`parts` in the
+        metadata) that dict comes back. Newer steps that are damaged are set aside once an older one
+        is found to be good. ValueError when the checkpoint is of another model,
+        FileNotFoundError when no step is usable; both change nothing.
         """
         rejected: dict[int, str] = {}
         for candidate in [step] if step is not None else reversed(self.steps()):
@@ -162,6 +177,8 @@ class Checkpoints:
 
     def _read(self, abstract: Any, step: int) -> tuple[Any, dict[str, Any]]:
         meta, tree = self.meta(step), self.shapes(step)
+        if meta.get("parts"):
+            abstract = {name: getattr(abstract, name) for name in meta["parts"]}
         saved = dict(zip(_paths(tree), jax.tree.leaves(tree), strict=True))
         names, leaves = _paths(abstract), jax.tree.leaves(abstract)
         if sorted(saved) != sorted(meta["fingerprint"]):

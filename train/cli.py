@@ -46,7 +46,7 @@ def parser() -> argparse.ArgumentParser:
         return sub
 
     train = add("train", "train a configuration; resumes if the run directory has a run")
-    train.add_argument("config", help="name of a configuration (see: jaxlab list)")
+    train.add_argument("config", help="name of a configuration, or a run directory")
     _overrides(train)
     train.add_argument("--run-dir", type=_folder, help="where the run lives (default: runs/CONFIG)")
     train.add_argument(
@@ -96,6 +96,24 @@ def parser() -> argparse.ArgumentParser:
     compile_.add_argument("--config", required=True, help="name of a configuration")
     compile_.add_argument("--topology", required=True, help="v5p:2x2x2, v5e:2x4, v6e:2x4, ...")
     _overrides(compile_)
+
+    import_ = add("import", "make a run directory of a model from elsewhere")
+    import_.add_argument("format", choices=["hf"], help="a Hugging Face directory")
+    import_.add_argument("folder", type=Path, help="with config.json and *.safetensors")
+    _overrides(import_)
+    import_.add_argument("--run-dir", type=Path, required=True, help="run directory to make")
+    import_.add_argument("--lora", type=_positive, default=0, metavar="RANK", help="add adapters")
+    import_.add_argument("--adapter", type=Path, help="adapter to start from, a PEFT folder")
+    _cluster(import_)
+
+    export = add("export", "write a checkpoint in the format of another library")
+    export.add_argument("format", choices=["hf"], help="a Hugging Face directory")
+    export.add_argument("checkpoint", type=Path, help="run directory, or checkpoints/STEP in it")
+    export.add_argument("folder", type=Path, help="folder to write")
+    export.add_argument(
+        "--dtype", choices=["float32", "bfloat16", "float16"], help="of the weights"
+    )
+    export.add_argument("--merge", action="store_true", help="of a LoRA run: the whole model")
 
     add("list", "list the configurations")
 
@@ -166,6 +184,7 @@ def main(presets: Mapping[str, Preset], argv: list[str] | None = None) -> int:
     commands = {
         "train": train, "eval": evaluate, "sample": sample,
         "compile": compile_, "list": list_, "inspect": inspect,
+        "import": import_, "export": export,
     }  # fmt: skip
     try:
         return commands[args.command](args, presets)
@@ -215,6 +234,10 @@ def resolve(presets: Mapping[str, Preset], name: str, assignments: list[str]) ->
     """The configuration `name` with overrides applied."""
     from train.overrides import override
 
+    if name not in presets and (Path(name) / "config.json").is_file():
+        from train.run import load_run
+
+        return override(load_run(Path(name)), assignments)
     if name not in presets:
         near = difflib.get_close_matches(name, presets, n=3, cutoff=0.4)
         hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(presets)}"
@@ -236,7 +259,8 @@ def train(args: argparse.Namespace, presets: Mapping[str, Preset]) -> int:
     from train.overrides import check_fields
 
     check_fields(run, args.allow)
-    folder = args.run_dir or Path("runs") / args.config
+    is_run = args.config not in presets
+    folder = args.run_dir or (Path(args.config) if is_run else Path("runs") / args.config)
     start_cluster(args)
     import jax
 
@@ -329,7 +353,7 @@ def _open_run(folder: Path, assignments: list[str], step: int | None):
     if step is not None and step not in checkpoints.steps():
         raise ValueError(f"--step {step}: {folder} has checkpoints of steps {checkpoints.steps()}")
     program = trainer.build(run)
-    got = checkpoints.restore(program.state, step)
+    got = trainer.restore(program, checkpoints, step)
     for at, why in got.rejected.items():
         print(f"jaxlab: checkpoint step {at} passed over: {why}", file=sys.stderr)
     checkpoints.close()
@@ -386,6 +410,23 @@ def sample(args: argparse.Namespace, presets: Mapping[str, Preset]) -> int:
             samples=args.n, sampling=sampling, stop=args.stop, piece=8,
         )  # fmt: skip
         print_rows(prompts, args.n, writer.write(params, jax.random.key(args.seed)))
+    return OK
+
+
+def import_(args: argparse.Namespace, presets: Mapping[str, Preset]) -> int:
+    """`jaxlab import`."""
+    start_cluster(args)
+    from train.exchange import import_hf
+
+    print(import_hf(args.folder, args.run_dir, args.overrides, args.lora, args.adapter))
+    return OK
+
+
+def export(args: argparse.Namespace, presets: Mapping[str, Preset]) -> int:
+    """`jaxlab export`."""
+    from train.exchange import export_hf
+
+    print(export_hf(args.checkpoint, args.folder, args.dtype, args.merge))
     return OK
 
 

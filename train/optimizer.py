@@ -2,10 +2,12 @@
 
 import dataclasses
 import math
+import re
 from typing import Annotated, Literal
 
 import jax
 import optax
+from flax import traverse_util
 
 Schedule = Literal["cosine", "linear", "constant", "wsd"]
 
@@ -25,6 +27,7 @@ class Optimizer:
     b2: Annotated[float, "second-moment decay"] = 0.95
     clip: Annotated[float, "clip the gradient to this global norm; 0: do not"] = 1.0
     ema: Annotated[float, "decay of an averaged copy of the parameters; 0: none"] = 0.0
+    freeze: Annotated[str, "regular expression of parameter paths that stay as they are"] = ""
 
     def check(self) -> None:
         """ValueError for values out of range."""
@@ -39,6 +42,34 @@ class Optimizer:
                 raise ValueError(f"optimizer.{name}={getattr(self, name)} must be in [0, 1]")
         if self.warmup < 0:
             raise ValueError(f"optimizer.warmup={self.warmup} must be at least 0")
+        try:
+            re.compile(self.freeze)
+        except re.error as error:
+            raise ValueError(f"optimizer.freeze={self.freeze!r}: {error}") from error
+
+
+def split(tree: dict, freeze: str) -> tuple[dict, dict]:
+    """(what trains, what is frozen) of a nested dict: frozen is what the regex `freeze` finds in a path.
+
+    ValueError when it finds nothing or leaves nothing; "" freezes nothing.
+    """
+    if not freeze:
+        return tree, {}
+    flat = traverse_util.flatten_dict(tree, sep="/")
+    parts = [{}, {}]
+    for path, leaf in flat.items():
+        parts[re.search(freeze, path) is not None][path] = leaf
+    if not all(parts):
+        what = "no parameter" if parts[0] else "every parameter"
+        raise ValueError(f"optimizer.freeze={freeze!r} freezes {what} of {sorted(flat)}")
+    train, frozen = (traverse_util.unflatten_dict(part, sep="/") for part in parts)
+    return train, frozen
+
+
+def join(train: dict, frozen: dict) -> dict:
+    """Inverse of `split`."""
+    flat = traverse_util.flatten_dict(train) | traverse_util.flatten_dict(frozen)
+    return traverse_util.unflatten_dict(flat)
 
 
 def learning_rate(config: Optimizer, steps: int) -> optax.Schedule:
@@ -61,7 +92,7 @@ def learning_rate(config: Optimizer, steps: int) -> optax.Schedule:
 
 
 def make_optimizer(config: Optimizer, steps: int, axes) -> optax.GradientTransformation:
-    """The optax transformation; `axes` is the tree of logical axis names of the parameters."""
+    """The optax transformation of the parameters that train; `axes` are their logical axis names."""
     lr = learning_rate(config, steps)
     is_axes = lambda x: isinstance(x, tuple)  # noqa: E731
     decays = jax.tree.map(lambda a: "norm" not in a, axes, is_leaf=is_axes)

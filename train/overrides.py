@@ -53,7 +53,7 @@ def _set(node: Any, keys: list[str], text: str, path: str) -> Any:
     return dataclasses.replace(node, **{key: parse(text, hint, path)})
 
 
-def _choices(hint: Any) -> list[type]:
+def _choices(hint: Any) -> list[Any]:
     """The dataclasses that a field of a union type may hold."""
     if typing.get_origin(hint) is typing.Annotated:
         hint = typing.get_args(hint)[0]

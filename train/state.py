@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 from sharding.rules import check_divisible, shardings
 from train.objectives import Batch, Objective
+from train.optimizer import join, split
 
 Inputs = tuple[jax.ShapeDtypeStruct, ...]  # what a module is initialised with: `run.model.inputs`
 
@@ -27,13 +28,13 @@ class TrainState(NamedTuple):
     bad_run: Any  # int32, how many of them in a row, up to now
 
 
-def init_params(module: nn.Module, key: jax.Array, inputs: Inputs):
+def init_params(module, key: jax.Array, inputs: Inputs):
     """Parameters as a plain nested dict of arrays."""
     examples = [jnp.zeros(a.shape, a.dtype) for a in inputs]
     return nn.unbox(module.init(key, *examples))["params"]
 
 
-def logical_axes(module: nn.Module, inputs: Inputs):
+def logical_axes(module, inputs: Inputs):
     """Tree of logical axis names, one tuple a parameter, without computing anything."""
     boxed = jax.eval_shape(module.init, jax.random.key(0), *inputs)["params"]
     specs = nn.get_partition_spec(boxed)
@@ -43,21 +44,23 @@ def logical_axes(module: nn.Module, inputs: Inputs):
     )
 
 
-def make_state(module: nn.Module, tx, ema: float, inputs: Inputs, seed: int) -> TrainState:
+def first_state(params, tx, ema: float, freeze: str) -> TrainState:
     """The state before the first step (jit it with `out_shardings`, so that it is born sharded)."""
-    params = init_params(module, jax.random.key(seed), inputs)
     # Two counters must be two buffers: donation takes each only once.
     zero = lambda: jnp.zeros((), jnp.int32)  # noqa: E731
     average = jax.tree.map(jnp.copy, params) if ema else {}
-    return TrainState(zero(), params, tx.init(params), average, zero(), zero())
+    return TrainState(zero(), params, tx.init(split(params, freeze)[0]), average, zero(), zero())
 
 
-def abstract_state(
-    module: nn.Module, tx, ema: float, inputs: Inputs, seed: int, mesh: Mesh
-) -> TrainState:
+def abstract_state(module, tx, ema: float, freeze: str, inputs: Inputs, mesh: Mesh) -> TrainState:
     """Shapes, types and shardings of the state. Call it before entering a compile-only mesh."""
     axes = logical_axes(module, inputs)
-    shapes = jax.eval_shape(lambda: make_state(module, tx, ema, inputs, seed))
+
+    def make():
+        params = init_params(module, jax.random.key(0), inputs)
+        return first_state(params, tx, ema, freeze)
+
+    shapes = jax.eval_shape(make)
     check_divisible(shapes.params, axes, dict(mesh.shape))
     by_param = shardings(axes, mesh)
     rest = NamedSharding(mesh, P())
@@ -91,20 +94,30 @@ def _like_params(opt, params, by_param, rest):
 
 
 def make_train_step(
-    apply: Callable, objective: Objective, tx, *, accumulate: int, ema: float, seed: int
+    apply: Callable,
+    objective: Objective,
+    tx,
+    *,
+    accumulate: int,
+    ema: float,
+    seed: int,
+    freeze: str = "",
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict]]:
     """`train_step(state, batch) -> (state, metrics)`, pure and mesh-agnostic.
 
     The gradient is that of sum(loss) / sum(weight) over the whole global batch, however it is cut
-    into microbatches and devices. A step whose loss or gradient is not finite changes nothing but
+    into microbatches and devices. What `freeze` names gets no gradient, no optimiser state and no
+    update. A step whose loss or gradient is not finite changes nothing but
     the counters.
     """
 
     def gradient(params, batch, key):
-        def loss(params):
-            return objective(apply, params, batch, key)
+        train, frozen = split(params, freeze)
 
-        (value, metrics), grads = jax.value_and_grad(loss, has_aux=True)(params)
+        def loss(train):
+            return objective(apply, join(train, frozen), batch, key)
+
+        (value, metrics), grads = jax.value_and_grad(loss, has_aux=True)(train)
         return jax.tree.map(lambda g: g.astype(jnp.float32), grads), value, metrics
 
     def accumulated(params, batch, key):
@@ -130,11 +143,14 @@ def make_train_step(
         norm = optax.tree.norm(grads)
         good = jnp.isfinite(loss) & jnp.isfinite(norm)
 
-        updates, opt = tx.update(grads, state.opt, state.params)
-        params = optax.apply_updates(state.params, updates)
-        average = jax.tree.map(
-            lambda a, p: ema * a + (1 - ema) * p, state.ema, params if ema else {}
-        )
+        train, frozen = split(state.params, freeze)
+        updates, opt = tx.update(grads, state.opt, train)
+        train: Any = optax.apply_updates(train, updates)
+        params, average = join(train, frozen), {}
+        if ema:
+            old = split(state.ema, freeze)[0]
+            average = jax.tree.map(lambda a, p: ema * a + (1 - ema) * p, old, train)
+            average = join(average, frozen)
         keep = lambda new, old: jax.tree.map(lambda n, o: jnp.where(good, n, o), new, old)  # noqa: E731
         bad = jnp.where(good, 0, 1).astype(jnp.int32)
         state = TrainState(

@@ -14,16 +14,23 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from sharding.mesh import make_mesh
-from train.checkpoint import Checkpoints, check_space, state_bytes
+from train.checkpoint import Checkpoints, Restored, check_space, state_bytes
 from train.evaluate import Scene
 from train.feed import Feed, abstract_batch, batch_shardings, row_shard
 from train.meter import Meter
 from train.metrics import Recorder
-from train.optimizer import make_optimizer
+from train.optimizer import make_optimizer, split
 from train.run import Run, to_json
 from train.rundir import failures, reconcile, save_batch, write_description
 from train.signals import Stop
-from train.state import TrainState, abstract_state, logical_axes, make_state, make_train_step
+from train.state import (
+    TrainState,
+    abstract_state,
+    first_state,
+    init_params,
+    logical_axes,
+    make_train_step,
+)
 
 DONE, DIVERGED, STOPPED = 0, 3, 75
 
@@ -36,6 +43,7 @@ class Program(NamedTuple):
     apply: Callable
     step: Callable  # jitted (state, batch) -> (state, metrics)
     init: Callable  # jitted () -> state, born sharded
+    warm: Callable  # jitted parameters -> state before the first step
     state: TrainState  # abstract
     batch: dict[str, jax.ShapeDtypeStruct]
 
@@ -58,12 +66,18 @@ def build(run: Run, devices=None) -> Program:
     def apply(params, *args, **kwargs):
         return module.apply({"params": params}, *args, **kwargs)
 
-    tx = make_optimizer(run.optimizer, run.steps, logical_axes(module, inputs))
-    ema = run.optimizer.ema
-    abstract = abstract_state(module, tx, ema, inputs, run.seed, mesh)
+    ema, freeze = run.optimizer.ema, run.optimizer.freeze
+    tx = make_optimizer(run.optimizer, run.steps, split(logical_axes(module, inputs), freeze)[0])
+    abstract = abstract_state(module, tx, ema, freeze, inputs, mesh)
     placed = jax.tree.map(lambda a: a.sharding, abstract)
     step = make_train_step(
-        apply, run.objective, tx, accumulate=run.accumulate, ema=ema, seed=run.seed
+        apply,
+        run.objective,
+        tx,
+        accumulate=run.accumulate,
+        ema=ema,
+        seed=run.seed,
+        freeze=freeze,
     )
     step = jax.jit(
         step,
@@ -71,8 +85,24 @@ def build(run: Run, devices=None) -> Program:
         in_shardings=(placed, batch_shardings(spec, mesh)),
         out_shardings=(placed, None),
     )
-    init = jax.jit(lambda: make_state(module, tx, ema, inputs, run.seed), out_shardings=placed)
-    return Program(run, mesh, apply, step, init, abstract, abstract_batch(spec, mesh))
+
+    def first(params):
+        return first_state(params, tx, ema, freeze)
+
+    def born():
+        return first(init_params(module, jax.random.key(run.seed), inputs))
+
+    init = jax.jit(born, out_shardings=placed)
+    warm = jax.jit(first, donate_argnums=0, out_shardings=placed)
+    return Program(run, mesh, apply, step, init, warm, abstract, abstract_batch(spec, mesh))
+
+
+def restore(program: Program, checkpoints: Checkpoints, step: int | None = None) -> Restored:
+    """The newest (or given) checkpoint as a train state; one of parameters only starts a run."""
+    got = checkpoints.restore(program.state, step)
+    if isinstance(got.state, dict):
+        got.state = program.warm(got.state["params"])
+    return got
 
 
 def fit(
@@ -114,8 +144,9 @@ def fit(
 
         # ---- restore or initialise ----
         start = 0
+        state: Any = None
         if checkpoints.steps():
-            got = checkpoints.restore(program.state)
+            got = restore(program, checkpoints)
             state, start = got.state, got.step
             for step, why in got.rejected.items():
                 out.warn(f"checkpoint step {step} set aside as unusable: {why}")
@@ -128,7 +159,7 @@ def fit(
                 source.set_state(got.meta["source"][rows[0]])
             out.say(f"resumed at step {start} from {checkpoints.folder}", "green")
         stack.enter_context(failures(checkpoints))
-        if not start:
+        if state is None:
             state = program.init()
         out.record("resume" if start else "start", start, {})
         feed = stack.enter_context(contextlib.closing(Feed(source, program.mesh, start)))

@@ -9,6 +9,7 @@ import numpy as np
 from jaxlab.sampling import Sampling
 from models.decoder import Decoder
 from models.generate import decode, prefill
+from models.lora import LoraModule
 from sharding.rules import constrain
 from train.data.tokenizers import Tokenizer
 
@@ -80,7 +81,7 @@ class Writer:
 
     def __init__(
         self,
-        module: Decoder,
+        module: Decoder | LoraModule,
         tokenizer: Tokenizer,
         prompts: Sequence[str],
         *,

@@ -1,0 +1,34 @@
+"""Qwen3 0.6B shape, 8192-token sequences, for a TPU slice of 4 chips or more.
+
+Plan:     jaxlab compile --config qwen3_0_6b --topology v5p:2x2x1
+Launch:   jaxlab import hf DIR --run-dir RUN && jaxlab train RUN source.files=MY.jsonl
+          (with pretrained weights; from scratch: launch/tpu_pod.sh NAME ZONE qwen3_0_6b)
+"""
+
+from models.decoder import DecoderConfig
+from sharding.mesh import MeshShape
+from train.data.text import Text
+from train.evaluate import HeldOut
+from train.objectives import NextToken
+from train.optimizer import Optimizer
+from train.run import Run
+
+
+def run() -> Run:
+    """0.6 billion parameters, one embedding for input and output."""
+    return Run(
+        model=DecoderConfig(
+            vocab=151_936, layers=28, d_model=1024, heads=16, kv_heads=8, head_dim=128, mlp=3072,
+            qk_norm=True, tied=True, rope_theta=1_000_000.0, norm_eps=1e-6,
+            attention="blockwise", remat="full", dtype="bfloat16",
+        ),
+        objective=NextToken(tiles=16),
+        source=Text(files=("data/*.parquet",), tokenizer="tokenizer.json", seq_len=8192),
+        evaluators=(HeldOut(),),
+        optimizer=Optimizer(lr=3e-4, warmup=2000),
+        mesh=MeshShape(data=1, fsdp=-1),
+        steps=100_000,
+        batch=8,
+        save_every=1000,
+        eval_every=1000,
+    )  # fmt: skip

@@ -1,0 +1,34 @@
+"""Qwen3 8B shape, 8192-token sequences, for a TPU slice of 8 chips or more.
+
+Plan:     jaxlab compile --config qwen3_8b --topology v5p:2x2x2
+Launch:   jaxlab import hf DIR --run-dir RUN && jaxlab train RUN source.files=MY.jsonl
+          (with pretrained weights; from scratch: launch/tpu_pod.sh NAME ZONE qwen3_8b)
+"""
+
+from models.decoder import DecoderConfig
+from sharding.mesh import MeshShape
+from train.data.text import Text
+from train.evaluate import HeldOut
+from train.objectives import NextToken
+from train.optimizer import Optimizer
+from train.run import Run
+
+
+def run() -> Run:
+    """8.2 billion parameters, fully sharded."""
+    return Run(
+        model=DecoderConfig(
+            vocab=151_936, layers=36, d_model=4096, heads=32, kv_heads=8, head_dim=128, mlp=12_288,
+            qk_norm=True, rope_theta=1_000_000.0, norm_eps=1e-6,
+            attention="blockwise", remat="full", dtype="bfloat16",
+        ),
+        objective=NextToken(tiles=16),
+        source=Text(files=("data/*.parquet",), tokenizer="tokenizer.json", seq_len=8192),
+        evaluators=(HeldOut(),),
+        optimizer=Optimizer(lr=3e-4, warmup=2000),
+        mesh=MeshShape(data=1, fsdp=-1),
+        steps=100_000,
+        batch=8,
+        save_every=1000,
+        eval_every=1000,
+    )  # fmt: skip
