@@ -144,7 +144,10 @@ def for_oracle(options):
     return options
 
 
-SLOW = ("lone buffer", "exclusive, all", "delta, one chunk", "kda, long chunk", "gla, chunk 1")
+SLOW = (
+    "plain", "decay", "momentum", "normalised, exclusive", "lone buffer",
+    "exclusive, all", "delta, one chunk", "kda, long chunk", "gla, chunk 1",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize(

@@ -29,6 +29,13 @@ METHODS = ("linear_attention", *RELATIVES)
 every = pytest.mark.parametrize("method", METHODS)
 
 
+def slow(case):
+    return pytest.param(case, marks=pytest.mark.slow)
+
+
+forms = pytest.mark.parametrize("impl", [slow("recurrent"), "chunkwise", slow("scan")])
+
+
 def draw(method, seed=0, t=T, b=B, h=H, dk=K, dv=V, dtype="float32"):
     """q, k, v and the gates of a relative; keys of norm 1."""
     random = np.random.default_rng(seed)
@@ -102,7 +109,7 @@ def test_a_token_changes_nothing_before_it(impl, visibility):
     assert np.all(np.max(np.abs(difference[:, first]), -1) > 1e-4)
 
 
-@pytest.mark.parametrize("impl", ["recurrent", "chunkwise", "scan"])
+@forms
 @every
 def test_strong_decay_zero_keys_and_no_momentum_have_finite_gradients(method, impl):
     args, gates = draw(method), rates() if method == "linear_attention" else {}
@@ -135,6 +142,7 @@ def test_narrow_inputs_are_summed_in_float32(method):
     assert grads.dtype == jnp.bfloat16
 
 
+@pytest.mark.slow
 def test_a_run_of_many_chunks_keeps_float32_accuracy():
     """Momentum near 0.5 over 128 chunks, where dividing by cumulative products has lost all."""
     args = draw("linear_attention", t=512, b=1, h=1)
@@ -196,7 +204,7 @@ def test_triangular_pieces_match_closed_forms(length):
         close(x, y, 1e-12)
 
 
-@pytest.mark.parametrize("impl", ["chunkwise", "scan"])
+@pytest.mark.parametrize("impl", ["chunkwise", slow("scan")])
 @every
 def test_gradient_memory_is_far_below_a_state_for_each_token(method, impl):
     t, d = 1024, 32
@@ -227,7 +235,7 @@ def test_doubling_the_length_adds_only_chunk_states_to_the_gradient():
     assert temp(2048) - temp(1024) < 1024 / 64 * 24 * 4 * d * d
 
 
-@pytest.mark.parametrize("impl", ["recurrent", "chunkwise", "scan"])
+@forms
 @every
 def test_inside_shard_map_gradients_are_those_outside(method, impl):
     """Batch over one axis, heads over the other."""

@@ -38,7 +38,16 @@ def measured(cfg, impl):
     return run
 
 
-@pytest.mark.parametrize("case", CASES)
+# One of each kind by default.
+QUICK = ("base", "base inclusive", "base squared", "kernel only", "V1p", "V1p steps", "V2", "V2 token",
+         "V6", "affine", "one token", "chunks of one")  # fmt: skip
+
+
+def some_slow(names, quick):
+    return [pytest.param(x, marks=() if x in quick else pytest.mark.slow) for x in names]
+
+
+@pytest.mark.parametrize("case", some_slow(CASES, QUICK))
 def test_every_form_matches_numpy_loops_and_finite_differences_in_float64(case):
     cfg, sizes = CASES[case]
     forms = {impl: measured(cfg, impl) for impl in legal(cfg) if impl != "auto"}
@@ -93,7 +102,10 @@ def test_auto_is_parallel_where_that_is_legal():
             assert trace("auto") == trace(same)
 
 
-@pytest.mark.parametrize("case", ["base", "V1p", "V1p inclusive", "V2", "affine", "V2 token"])
+@pytest.mark.parametrize(
+    "case",
+    some_slow(["base", "V1p", "V1p inclusive", "V2", "affine", "V2 token"], ["base", "V2 token"]),
+)
 @pytest.mark.parametrize("dtype, tolerance", [("float32", 2e-5), ("bfloat16", 2e-2)])
 def test_narrow_types_are_carried_in_float32(case, dtype, tolerance):
     cfg, sizes = CASES[case]
@@ -109,7 +121,7 @@ def test_narrow_types_are_carried_in_float32(case, dtype, tolerance):
 
 
 @pytest.mark.parametrize("t", [3 * 130 + 1])
-@pytest.mark.parametrize("name", ["V2", "V1p"])
+@pytest.mark.parametrize("name", some_slow(["V2", "V1p"], ["V2"]))
 @pytest.mark.parametrize("orthogonalize", ["lact", None])
 def test_many_chunks_with_gates_near_a_half_stay_exact_in_float32(name, orthogonalize, t):
     """A momentum scan that divides by products of gates fails from about 20 chunks."""

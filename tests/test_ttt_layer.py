@@ -254,7 +254,8 @@ def test_tokens_that_are_not_floating_and_weights_of_another_kind_are_type_error
 @pytest.mark.parametrize(
     "field, value",
     [
-        ("net", "mlp"), ("loss", "l1"), ("update", ("w3",)), ("update", "w1"), ("visibility", "all"),
+        ("net", "mlp"), ("loss", "l1"), ("update", ("w3",)), ("update", "w1"), ("update", 3),
+        ("visibility", "all"),
         ("chunk_size", 0), ("chunk_size", 2.0), ("chunk_size", True), ("steps", 0), ("ns_steps", 6),
         ("ns_steps", -1), ("orthogonalize", "svd"), ("weight_norm", "both"), ("sign", 0),
         ("query", "v"), ("momentum", None), ("token_rates", 1), ("detach_norm", "no"),
@@ -304,6 +305,8 @@ def test_states_are_checked_against_the_call():
     with pytest.raises(ValueError, match="fw.w"):
         ttt(q[:1], k[:1], v[:1], state, rates[:1], mu[:1], CFG)
     token = (q[:, 0], k[:, 0], v[:, 0], rates[:, 0], mu[:, 0])
+    with pytest.raises(ValueError, match="state.fw.w0 has shape"):
+        ttt_step(init_ttt_state(fw, 3, CFG), *token, CFG)
     for cfg in (replace(CFG, visibility="inclusive_chunk"), replace(CFG, steps=2)):
         with pytest.raises(ValueError, match="ttt_step is possible with"):
             ttt_step(state, *token, cfg)

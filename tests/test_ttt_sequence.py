@@ -77,7 +77,14 @@ def oracle(q, k, v, params, rate_in, rate_out, size, residual, eps=1e-6):
 
 
 @layers
-@pytest.mark.parametrize("t, residual", [(11, "query"), (8, "output"), (3, "query"), (1, "output")])
+@pytest.mark.parametrize(
+    "t, residual",
+    [
+        (11, "query"),
+        (8, "output"),
+        *(pytest.param(*x, marks=pytest.mark.slow) for x in [(3, "query"), (1, "output")]),
+    ],
+)
 def test_both_forms_are_token_by_token_gradient_descent(kind, t, residual):
     run = LAYERS[kind][0]
     with jax.enable_x64(True):

@@ -260,9 +260,10 @@ def _decay_maps(exclusive: bool, chunk: Tokens) -> AffineChunks:
 
 
 def _momentum_maps(exclusive: bool, chunk: Tokens) -> AffineChunks:
-    mu, g = chunk.momentum, chunk.log_decay
+    mu, eout, g = chunk.momentum, chunk.rate_out, chunk.log_decay
+    assert mu is not None and eout is not None  # `_tokens` makes the two together
     lam = jnp.ones_like(mu) if g is None else jnp.exp(g)
-    inner, push, psi, pi, lam = momentum_coefficients(lam, mu, chunk.rate_out)
+    inner, push, psi, pi, lam = momentum_coefficients(lam, mu, eout)
     ends = (lam, psi, jnp.zeros_like(pi), pi)
     carry = jnp.stack([x[..., -1] for x in ends], -1)
     carry = carry.reshape(*carry.shape[:-1], 2, 2)
