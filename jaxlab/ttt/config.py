@@ -1,0 +1,114 @@
+"""What a TTT layer learns at test time, and how: fast weights, inner configuration, the ladder."""
+
+import dataclasses
+import operator
+from typing import Any, NamedTuple
+
+from jaxtyping import Array, Float
+
+NAMES = ("w0", "w1", "w2")
+
+
+class FastWeights(NamedTuple):
+    """Initial weights of the inner net, rows (f(x) = x w), per head or per sequence and head.
+
+    w0, w2 map Dk to Dh and w1 maps Dh to Dv; for net="linear" w1 maps Dk to Dv, the others are
+    ignored and may be None.
+    """
+
+    w0: Float[Array, "*b h k c"] | None
+    w1: Float[Array, "*b h c v"]
+    w2: Float[Array, "*b h k c"] | None
+
+
+def check_count(name: str, value: Any, least: int) -> int:
+    """`value` as an int of at least `least`, else ValueError; bool is not a number here."""
+    try:
+        number = operator.index(value)
+    except TypeError:
+        number = least - 1
+    if number < least or isinstance(value, bool):
+        raise ValueError(f"{name}={value!r} must be an integer of at least {least}")
+    return number
+
+
+def check_choice(name: str, value: Any, *allowed: Any) -> None:
+    """ValueError unless `value` is among `allowed`."""
+    if not any(type(value) is type(choice) and value == choice for choice in allowed):
+        raise ValueError(f"{name}={value!r} must be one of {', '.join(map(repr, allowed))}")
+
+
+@dataclasses.dataclass(frozen=True)
+class InnerConfig:
+    """The inner optimisation: net, loss, which matrices move, in which chunks and by which rule.
+
+    Defaults are the language-model operator of LaCT (2505.23884). Hashable, so static under jit;
+    ValueError on construction for a value outside the comment beside it. Which combinations an
+    implementation can compute is checked by the function called.
+    """
+
+    net: str = "swiglu"  # "swiglu": (silu(x w0) * (x w2)) w1 | "linear": x w1
+    loss: str = "dot"  # "dot": -<f(k), v> | "squared": |f(k) - v|^2 / 2
+    update: tuple[str, ...] = NAMES  # any iterable of matrix names: those that move
+    visibility: str = "exclusive"  # a chunk reads, then learns | "inclusive_chunk" | "token"
+    chunk_size: int = 2048  # part of the model, except for "token"
+    steps: int = 1  # inner steps on a chunk
+    token_rates: bool = True  # False: `rates` is ignored, all are 1
+    momentum: bool = True  # False: `momentum` is ignored
+    orthogonalize: str | None = "lact"  # Newton-Schulz coefficients "lact" | "muon" | None
+    ns_steps: int = 5  # at most 5 for "lact"
+    weight_norm: str | None = "post"  # "post" | "pre" | None
+    detach_norm: bool = False  # True: no gradient through the norms of the initial weights
+    sign: int = 1  # -1: gradient ascent
+    query: str = "q"  # "k": the read-out uses k
+
+    def __post_init__(self):
+        try:
+            names = tuple(self.update)
+        except TypeError as error:
+            raise ValueError(f"update={self.update!r} must be names among {NAMES}") from error
+        for name in names:
+            check_choice("each name in update", name, *NAMES)
+        # One order, so that equal sets are equal (and equally hashed) configurations.
+        moving = tuple(name for name in NAMES if name in names)
+        check_choice("net", self.net, "swiglu", "linear")
+        check_choice("loss", self.loss, "dot", "squared")
+        check_choice("visibility", self.visibility, "exclusive", "inclusive_chunk", "token")
+        check_choice("orthogonalize", self.orthogonalize, "lact", "muon", None)
+        check_choice("weight_norm", self.weight_norm, "post", "pre", None)
+        check_choice("query", self.query, "q", "k")
+        for name in ("token_rates", "momentum", "detach_norm"):
+            check_choice(name, getattr(self, name), True, False)
+        if self.sign not in (1, -1):
+            raise ValueError(f"sign={self.sign!r} must be +1 (descent) or -1 (ascent)")
+        numbers = {
+            "chunk_size": check_count("chunk_size", self.chunk_size, 1),
+            "steps": check_count("steps", self.steps, 1),
+            "ns_steps": check_count("ns_steps", self.ns_steps, 0),
+        }
+        if self.orthogonalize == "lact" and self.ns_steps > 5:
+            raise ValueError(f"ns_steps={self.ns_steps} must be at most 5 for orthogonalize='lact'")
+        for name, value in {"update": moving, "sign": int(self.sign), **numbers}.items():
+            object.__setattr__(self, name, value)
+
+    @property
+    def moving(self) -> tuple[str, ...]:
+        """Names of the matrices that the net has and that move."""
+        return tuple(name for name in self.update if name == "w1" or self.net == "swiglu")
+
+
+def _ladder() -> dict[str, InnerConfig]:
+    base = InnerConfig()
+    v1 = dataclasses.replace(base, update=("w1",))
+    v2 = dataclasses.replace(v1, weight_norm=None)
+    v3 = dataclasses.replace(v2, net="linear")
+    v4 = dataclasses.replace(v3, token_rates=False)
+    v5 = dataclasses.replace(v4, momentum=False)
+    v6 = dataclasses.replace(v5, orthogonalize=None)
+    v1p = dataclasses.replace(v1, weight_norm="pre")
+    return {"base": base, "V1": v1, "V1p": v1p, "V2": v2, "V3": v3, "V4": v4, "V5": v5, "V6": v6}
+
+
+# From LaCT to linear attention, each variant keeping the changes before it (2602.21204, section 5);
+# V1p, V1 normalised at the read-out, is beside the chain.
+LADDER: dict[str, InnerConfig] = _ladder()
