@@ -18,6 +18,10 @@ from jaxlab.ttt import (
     ttt_autodiff,
 )
 
+pytestmark = (
+    pytest.mark.slow
+)  # minutes of compilation; test_ttt.py and test_linear_attention.py are quicker
+
 
 def draw(seed, *shape):
     return jnp.asarray(np.random.default_rng(seed).standard_normal(shape))

@@ -23,6 +23,10 @@ from jaxlab.ttt import (
     vittt_glu,
 )
 
+pytestmark = (
+    pytest.mark.slow
+)  # minutes of compilation; test_ttt.py and test_linear_attention.py are quicker
+
 LAYERS = {
     "linear": (ttt_linear, ttt_linear_init, ttt_linear_step),
     "mlp": (ttt_mlp, ttt_mlp_init, ttt_mlp_step),
