@@ -13,6 +13,20 @@ from jax.sharding import PartitionSpec as P
 from jaxlab import linear_attention as la
 
 pytestmark = pytest.mark.slow
+
+B, T, H, K, V = 2, 9, 2, 3, 4
+quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+RELATIVES = {
+    "gla": ("channel",),
+    "delta_rule": ("beta",),
+    "gated_delta_rule": ("token", "beta"),
+    "kda": ("channel", "beta"),
+}
+READINGS = (
+    {},
+    {"visibility": "exclusive"},
+    {"normalize": True, "feature_map": "elu1"},
+)
 METHODS = ("linear_attention", *RELATIVES)
 every = pytest.mark.parametrize("method", METHODS)
 

@@ -18,9 +18,7 @@ from jaxlab.ttt import (
     ttt_autodiff,
 )
 
-pytestmark = (
-    pytest.mark.slow
-)  # minutes of compilation; test_ttt.py and test_linear_attention.py are quicker
+pytestmark = pytest.mark.slow
 
 
 def draw(seed, *shape):

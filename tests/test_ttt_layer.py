@@ -24,9 +24,7 @@ from ttt_cases import (
 from jaxlab.linear_attention import linear_attention
 from jaxlab.ttt import LADDER, FastWeights, InnerConfig, init_ttt_state, ttt, ttt_apply, ttt_step
 
-pytestmark = (
-    pytest.mark.slow
-)  # minutes of compilation; test_ttt.py and test_linear_attention.py are quicker
+pytestmark = pytest.mark.slow
 
 
 def test_an_exclusive_chunk_sees_earlier_chunks_only():

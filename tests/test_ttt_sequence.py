@@ -25,7 +25,68 @@ from jaxlab.ttt import (
 
 pytestmark = pytest.mark.slow
 
+LAYERS = {
+    "linear": (ttt_linear, ttt_linear_init, ttt_linear_step),
+    "mlp": (ttt_mlp, ttt_mlp_init, ttt_mlp_step),
+}
+layers = pytest.mark.parametrize("kind", LAYERS)
 
+
+def inputs(seed, kind, b=2, t=11, h=2, f=4, dtype="float64"):
+    random = np.random.default_rng(seed)
+    draw = lambda *shape: jnp.asarray(random.standard_normal(shape), dtype)  # noqa: E731
+    hidden = f if kind == "linear" else 4 * f
+    params = (draw(h, f, hidden) * 0.5, draw(h, 1, hidden) * 0.5)
+    norm = (1 + 0.3 * draw(h, f), 0.3 * draw(h, f))
+    if kind == "linear":
+        params = TTTLinearParams(*params, *norm)
+    else:
+        params = TTTMLPParams(*params, draw(h, hidden, f) * 0.5, draw(h, 1, f) * 0.5, *norm)
+    rates = (jnp.asarray(random.uniform(0.02, 0.3, (b, t, h)), dtype) for _ in range(2))
+    return draw(b, t, h, f), draw(b, t, h, f), draw(b, t, h, f), params, *rates
+
+
+def net(w, x):
+    z = x @ w["w1"] + w["b1"]
+    return z if "w2" not in w else jax.nn.gelu(z, approximate=True) @ w["w2"] + w["b2"]
+
+
+def norm(z, gamma, beta, eps):
+    return gamma * (z - z.mean()) / jnp.sqrt(z.var() + eps) + beta
+
+
+def oracle(q, k, v, params, rate_in, rate_out, size, residual, eps=1e-6):
+    """One head [t, f], token by token: weights after the gradients, by autodiff, of tokens so far."""
+    params = params._asdict()
+    gamma, beta = params.pop("gamma"), params.pop("beta")
+
+    @jax.jit
+    @jax.grad
+    def grad(w, k, v):
+        return jnp.sum((norm(net(w, k[None])[0], gamma, beta, eps) - (v - k)) ** 2) / 2
+
+    out = []
+    for start in range(0, len(q), size):
+        total = jax.tree.map(jnp.zeros_like, params)
+        for t in range(start, min(start + size, len(q))):
+            step = grad(params, k[t], v[t])
+            total = jax.tree.map(lambda s, g, t=t: s + rate_in[t] * g, total, step)
+            moved = jax.tree.map(lambda w, s, t=t: w - rate_out[t] * s, params, total)
+            z = net(moved, q[t][None])[0]
+            out.append((q[t] if residual == "query" else z) + norm(z, gamma, beta, eps))
+        params = moved
+    return jnp.stack(out), params
+
+
+@layers
+@pytest.mark.parametrize(
+    "t, residual",
+    [
+        (11, "query"),
+        (8, "output"),
+        *(pytest.param(*x, marks=pytest.mark.slow) for x in [(3, "query"), (1, "output")]),
+    ],
+)
 def test_both_forms_are_token_by_token_gradient_descent(kind, t, residual):
     run = LAYERS[kind][0]
     with jax.enable_x64(True):
