@@ -25,31 +25,28 @@ for noisy in ("absl", "orbax", "asyncio"):
     logging.getLogger(noisy).setLevel(logging.CRITICAL)
 
 
+@jax.jit
 def fingerprint(tree: Any) -> UInt32[Array, "leaves"]:
     """One checksum a leaf: sum over elements i of bits_i * (2 i + 1), modulo 2^32.
 
     Integer sums are exact in any order, so the value does not depend on the mesh; 2 i + 1 is odd, so
     every single flipped bit changes it. Stacks of layers are summed layer by layer: the 32-bit copy
-    of one is all the memory it takes.
+    of one is all the memory it takes. One program: many at once would block each other's collectives.
     """
 
     def one(x: jax.Array) -> jax.Array:
         if x.ndim < 3:
-            return _checksum(x, np.uint32(0))
+            return _checksum(x, 0)
         size = math.prod(x.shape[1:])
-        starts = [np.uint32(i * size % 2**32) for i in range(x.shape[0])]
-        return jnp.stack([_checksum(x, start, i) for i, start in enumerate(starts)]).sum(
-            dtype=jnp.uint32
-        )
+        starts = np.asarray([i * size % 2**32 for i in range(x.shape[0])], np.uint32)
+        each = jax.lax.map(lambda layer: _checksum(*layer), (x, jnp.asarray(starts)))
+        return jnp.sum(each, dtype=jnp.uint32)
 
     return jnp.stack([one(x) for x in jax.tree.leaves(tree)])
 
 
-@jax.jit
-def _checksum(x: jax.Array, start: jax.Array, layer: jax.Array | None = None) -> jax.Array:
-    """The sum over x, or over one layer of it, whose first element has the index `start`."""
-    if layer is not None:
-        x = jax.lax.dynamic_index_in_dim(x, layer, keepdims=False)
+def _checksum(x: jax.Array, start: Any) -> jax.Array:
+    """The sum over an array whose first element has the index `start`."""
     width = x.dtype.itemsize * 8
     bits = jax.lax.bitcast_convert_type(x, f"uint{min(width, 32)}").astype(jnp.uint32)
     index, stride = jnp.full(bits.shape, start, jnp.uint32), 1
