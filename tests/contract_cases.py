@@ -338,4 +338,4 @@ EXEMPT: dict[str, str] = {
 }
 
 # Modules that other modules of jaxlab are made of; their functions are not public.
-INTERNAL = {"jaxlab.masks", "jaxlab.blockwise", "jaxlab.varying"}
+INTERNAL = {"jaxlab.loops", "jaxlab.masks", "jaxlab.blockwise", "jaxlab.varying"}

@@ -52,6 +52,8 @@ def test_commands_do_what_they_say(page, tmp_path):
     assert made.returncode == 0, made.stderr
     for words in commands(page):
         args = parse(words)
+        if page.name == "models.md":  # needs a model's folder: test_hf.py makes one and runs these
+            continue
         if args.command == "compile":  # run by test_plan.py, where libtpu is installed
             resolve(presets(), args.config, args.overrides)
             continue

@@ -135,6 +135,7 @@ def write_description(run: Run, folder: Path) -> None:
         "processes": jax.process_count(),
         "command": sys.argv,
     }
+    folder.mkdir(parents=True, exist_ok=True)
     history = []
     with contextlib.suppress(OSError, ValueError):
         history = json.loads((folder / "versions.json").read_text())
