@@ -50,6 +50,8 @@ class MiniBatchState(NamedTuple):
 
 
 class Static(NamedTuple):
+    """What a mini-batch is compiled for."""
+
     kind: type[Params]
     chunk_size: int
     residual: str
@@ -60,6 +62,7 @@ gelu = functools.partial(jax.nn.gelu, approximate=True)
 
 
 def layers_of(params: Params) -> Layers:
+    """(weights, bias) of each layer of the inner net."""
     if isinstance(params, TTTMLPParams):
         return (params.w1, params.b1), (params.w2, params.b2)
     return ((params.w1, params.b1),)
