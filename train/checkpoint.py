@@ -26,35 +26,34 @@ for noisy in ("absl", "orbax", "asyncio"):
     logging.getLogger(noisy).setLevel(logging.CRITICAL)
 
 
+# Bytes compressed in one piece, and collected before they are written: with Orbax's defaults, a whole
+# array and 2 GiB, saving takes the memory of the state again.
+PIECE, FILE = 2**25, 2**27
+
+
 @jax.jit
 def fingerprint(tree: Any) -> UInt32[Array, "leaves"]:
     """One checksum a leaf: sum over elements i of bits_i * (2 i + 1), modulo 2^32.
 
     Integer sums are exact in any order, so the value does not depend on the mesh; 2 i + 1 is odd, so
-    every single flipped bit changes it. Stacks of layers are summed layer by layer: the 32-bit copy
-    of one is all the memory it takes. One program: many at once would block each other's collectives.
+    every single flipped bit changes it. One program: many at once would block each other's
+    collectives.
     """
-
-    def one(x: jax.Array) -> jax.Array:
-        if x.ndim < 3:
-            return _checksum(x, 0)
-        size = math.prod(x.shape[1:])
-        starts = np.asarray([i * size % 2**32 for i in range(x.shape[0])], np.uint32)
-        each = jax.lax.map(lambda layer: _checksum(*layer), (x, jnp.asarray(starts)))
-        return jnp.sum(each, dtype=jnp.uint32)
-
-    return jnp.stack([one(x) for x in jax.tree.leaves(tree)])
+    return jnp.stack([_checksum(x) for x in jax.tree.leaves(tree)])
 
 
-def _checksum(x: jax.Array, start: Any) -> jax.Array:
-    """The sum over an array whose first element has the index `start`."""
+def _checksum(x: jax.Array) -> jax.Array:
     width = x.dtype.itemsize * 8
     bits = jax.lax.bitcast_convert_type(x, f"uint{min(width, 32)}").astype(jnp.uint32)
-    index, stride = jnp.full(bits.shape, start, jnp.uint32), 1
+    index, stride = jnp.zeros(bits.shape, jnp.uint32), 1
     for axis in reversed(range(bits.ndim)):
         place = jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis)
         index, stride = index + place * np.uint32(stride % 2**32), stride * bits.shape[axis]
-    return jnp.sum(bits * (2 * index + 1), dtype=jnp.uint32)
+    # Two sums in one reduction: the compiler then makes no array of what is summed.
+    zero = np.uint32(0)
+    add = lambda a, b: (a[0] + b[0], a[1] + b[1])  # noqa: E731
+    weighted, plain = jax.lax.reduce((bits * index, bits), (zero, zero), add, range(bits.ndim))
+    return 2 * weighted + plain
 
 
 def state_bytes(abstract: Any) -> int:
@@ -111,7 +110,7 @@ class Checkpoints:
         """The Orbax manager, made at first use (it creates the folder)."""
         if self._manager is None:
             handlers = {
-                "state": ocp.StandardCheckpointHandler(),
+                "state": ocp.PyTreeCheckpointHandler(),
                 "meta": ocp.JsonCheckpointHandler(),
             }
             self._manager = ocp.CheckpointManager(
@@ -135,7 +134,14 @@ class Checkpoints:
         check_space(self.folder, state_bytes(state))
         sums = [int(s) for s in np.asarray(fingerprint(state))]
         meta = meta | {"step": step, "fingerprint": dict(zip(_paths(state), sums, strict=True))}
-        items = ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta))
+        items = ocp.args.Composite(
+            state=ocp.args.PyTreeSave(
+                state,
+                save_args=jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=PIECE), state),
+                ocdbt_target_data_file_size=FILE,
+            ),
+            meta=ocp.args.JsonSave(meta),
+        )
         if jax.process_index() == 0:  # of a step that was taken away
             self._sizes(step).unlink(missing_ok=True)
         self.manager.save(step, args=items, force=True)
@@ -265,26 +271,18 @@ class Checkpoints:
         as_saved = jax.tree.unflatten(jax.tree.structure(abstract), as_saved)
         # Checksums communicate: no process may be missing.
         with all_or_none():
-            if only is None:
-                args = ocp.args.Composite(state=ocp.args.StandardRestore(as_saved))
-                state = self.manager.restore(step, args=args)["state"]
-            else:
-                state = self._read_part(step, as_saved)
+            args = ocp.args.PyTreeRestore(
+                as_saved,
+                restore_args=ocp.checkpoint_utils.construct_restore_args(as_saved),
+                partial_restore=only is not None,
+            )
+            state = self.manager.restore(step, args=ocp.args.Composite(state=args))["state"]
         sums = np.asarray(fingerprint(state))
         bad = [n for n, s in zip(names, sums, strict=True) if meta["fingerprint"][n] != int(s)]
         if bad:
             raise ValueError(f"the bytes of {', '.join(bad[:3])} are not the ones that were saved")
         state = jax.tree.map(lambda x, a: x.astype(a.dtype), state, abstract)
         return state if only is None else state[only], meta
-
-    def _read_part(self, step: int, part: dict[str, Any]) -> dict[str, Any]:
-        args = ocp.args.PyTreeRestore(
-            part,
-            restore_args=ocp.checkpoint_utils.construct_restore_args(part),
-            partial_restore=True,
-        )
-        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-            return reader.restore(self.folder / str(step) / "state", args=args)
 
     def _set_aside(self, steps: list[int]) -> None:
         self.close()
