@@ -6,7 +6,6 @@ Writes loss_memory_<platform>.json and .md into --out.
 """
 
 import argparse
-import functools
 import json
 import sys
 import time
@@ -37,29 +36,31 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tokens", type=int, default=8192)
     parser.add_argument("--vocab", type=int, default=128_256)
-    parser.add_argument("--width", type=int, default=256, help="of the hidden activations")
+    parser.add_argument("--widths", type=int, nargs="+", default=[1024, 2048, 4096])
+    parser.add_argument("--tiles", type=int, nargs="+", default=[1, 4, 8, 16, 32, 64])
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
     args = parser.parse_args()
-    measure = functools.partial(
-        temporaries, tokens=args.tokens, vocab=args.vocab, width=args.width, dtype=args.dtype
-    )
-    found = {n: measure(n) for n in (1, 2, 4, 8, 16, 32, 64)}
-    # Float32 gradient of the output matrix: whatever the tiles, it is there in full.
-    floor = 4 * args.width * args.vocab
+    found = {
+        width: {n: temporaries(n, args.tokens, args.vocab, width, args.dtype) for n in args.tiles}
+        for width in args.widths
+    }
+    logits = 4 * args.tokens * args.vocab / 2**30
     lines = [
         f"# Loss, {args.tokens} tokens, vocabulary {args.vocab:,}, {time.strftime('%Y-%m-%d')}", "",
-        f"Width {args.width}, {args.dtype}; value and gradient compiled for "
-        f"{jax.default_backend()} by JAX {jax.__version__}. [tokens, vocabulary] in float32 is "
-        f"{4 * args.tokens * args.vocab / 2**30:.2f} GiB, the output matrix {floor / 2**30:.2f} GiB.",
-        "", "| tiles | temporaries, GiB | of the plain form |", "|---|---|---|",
-        *(f"| {n} | {b / 2**30:.3f} | {b / found[1]:.3f} |" for n, b in found.items()),
+        f"Temporaries of value and gradient in GiB (part of the plain form's), {args.dtype}, compiled "
+        f"for {jax.default_backend()} by JAX {jax.__version__}. [tokens, vocabulary] in float32 is "
+        f"{logits:.2f} GiB.",
+        "", "| tiles |" + "".join(f" width {w} |" for w in found), "|---|" + "---|" * len(found),
     ]  # fmt: skip
+    for n in args.tiles:
+        cells = (f" {b[n] / 2**30:.3f} ({b[n] / b[args.tiles[0]]:.3f}) |" for b in found.values())
+        lines.append(f"| {n} |" + "".join(cells))
     print("\n".join(lines))
     args.out.mkdir(parents=True, exist_ok=True)
     stem = args.out / f"loss_memory_{jax.default_backend()}"
     record = {"jax": jax.__version__, "temp_bytes": found} | {
-        name: getattr(args, name) for name in ("tokens", "vocab", "width", "dtype")
+        name: getattr(args, name) for name in ("tokens", "vocab", "dtype")
     }
     stem.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
     stem.with_suffix(".md").write_text("\n".join(lines) + "\n")

@@ -20,6 +20,10 @@ def _check_tiles(length: int, n_tiles: int) -> None:
         )
 
 
+def _divisor_at_least(n: int, least: float) -> int:
+    return next(m for m in range(1, n + 1) if n % m == 0 and (m >= least or m == n))
+
+
 # Tile i holds tokens i, i + n, i + 2n...: a sequence sharded over devices stays where it is.
 def _to_tiles(x, n):
     return rearrange(x, "b (t n) ... -> n b t ...", n=n)
@@ -76,6 +80,8 @@ def _token_stats_forward(h, w, labels, n_tiles, softcap):
 def _token_stats_backward(n_tiles, softcap, saved, cotangents):
     h, w, labels = saved
     wide = jnp.promote_types(h.dtype, "float32")
+    # dw grows by parts of its rows no larger than a tile's logits: a whole product would be dw again.
+    parts = _divisor_at_least(w.shape[0], w.shape[0] * n_tiles / max(labels.size, 1))
 
     def body(dw, tile):
         ht, lt, dlogp, dlse = tile
@@ -87,11 +93,18 @@ def _token_stats_backward(n_tiles, softcap, saved, cotangents):
             dz *= 1 - jnp.square(z / softcap)
         dz = dz.astype(h.dtype)
         dh = jnp.einsum("btv,dv->btd", dz, w, preferred_element_type=wide).astype(h.dtype)
-        return dw + jnp.einsum("btd,btv->dv", ht, dz, preferred_element_type=wide), dh
+        ht = rearrange(ht, "b t (d p) -> p b t d", p=parts)
+
+        def add(i, dw):
+            part = jnp.einsum("btd,btv->dv", ht[i], dz, preferred_element_type=wide)
+            return dw.at[:, i].add(part)
+
+        return (add(0, dw) if parts == 1 else jax.lax.fori_loop(0, parts, add, dw)), dh
 
     tiles = (_to_tiles(x, n_tiles) for x in (h, labels, *cotangents))
-    dw, dh = jax.lax.scan(body, vary_like(jnp.zeros(w.shape, wide), w), tuple(tiles))
-    return _from_tiles(dh), dw.astype(w.dtype), None
+    zeros = jnp.zeros((w.shape[0] // parts, parts, w.shape[1]), wide)
+    dw, dh = jax.lax.scan(body, vary_like(zeros, w), tuple(tiles))
+    return _from_tiles(dh), dw.reshape(w.shape).astype(w.dtype), None
 
 
 _token_stats.defvjp(_token_stats_forward, _token_stats_backward)

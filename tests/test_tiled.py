@@ -159,6 +159,19 @@ def test_all_logits_exist_with_one_tile_only(n_tiles):
     )
 
 
+@pytest.mark.parametrize("width", [64, 512])
+def test_temporaries_are_a_fraction_of_the_plain_form_at_any_width(width):
+    """From the compiler; a wide model's gradient of w is as large as a tile's logits many times."""
+
+    def temporaries(n_tiles):
+        loss = lambda h, w, labels: tiled_cross_entropy(h, w, labels, n_tiles=n_tiles)[0]  # noqa: E731
+        shapes = ((1, 1024, width), "float32"), ((width, 16_384), "float32"), ((1, 1024), "int32")
+        args = [jax.ShapeDtypeStruct(*shape) for shape in shapes]
+        return aot_memory(jax.value_and_grad(loss, (0, 1)), args).temp_bytes
+
+    assert temporaries(16) <= temporaries(1) / 8
+
+
 def test_tiled_mlp_is_fn_with_gradients_to_all_it_closes_over():
     random = np.random.default_rng(0)
     x, w1, w2, dy = (
