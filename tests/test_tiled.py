@@ -14,6 +14,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxlab.tiled import tiled_cross_entropy, tiled_mlp, token_log_probs
+from sharding.plan import aot_memory
 
 B, T, D, V = 2, 12, 5, 19
 # Most of the time of this file is compilation.
