@@ -24,7 +24,7 @@ test-slow: $(VENV)/ready-aot
 
 # PyTorch's libraries live in an environment of their own; `make test` needs none of them.
 test-peers: $(PEERS)/ready
-	$(PEERS)/bin/python -m pytest -m peers tests/peers
+	JAXLAB_PEER_PYTHON=$(PEERS)/bin/python $(PEERS)/bin/python -m pytest tests/peers tests/test_generate_peers.py
 
 lint: $(VENV)/ready-dev
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/pyright --pythonpath $(BIN)/python

@@ -1,6 +1,7 @@
 """Low-rank adapters: the algebra against NumPy, the frozen base bit for bit, PEFT folders."""
 
 import dataclasses
+import json
 
 import flax.linen as nn
 import jax
@@ -11,9 +12,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
+from test_hf import CASES, place, replay
 
 from jaxlab.lora import flatten
 from jaxlab.sampling import GREEDY
+from models import hf
 from models.decoder import DecoderConfig
 from models.generate import generate
 from models.lora import (
@@ -276,6 +279,24 @@ def test_peft_folder_round_trip(targets, tmp_path):
         load_adapter(tmp_path / "a", BASE)
     for part in ("is missing", "has shape (5, 3), expected (32, 3)", "other is not expected"):
         assert part in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["lora", "rslora"])
+def test_recorded_logits_of_peft(name, tmp_path):
+    """An adapter that PEFT made, on a model that transformers made."""
+    (tmp_path / "base").mkdir()
+    (tmp_path / "adapter").mkdir()
+    replay("qwen3-linear", tmp_path / "base")
+    tensors = load_file(CASES / f"peft-{name}.safetensors")
+    tokens, expected = (tensors.pop(f"case.{k}") for k in ("tokens", "logits"))
+    save_file(tensors, tmp_path / "adapter" / "adapter_model.safetensors")
+    config = json.loads((CASES / f"peft-{name}.json").read_text())["config"]
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(config))
+    directory = hf.Directory(tmp_path / "base")
+    model, lora = load_adapter(tmp_path / "adapter", directory.config)
+    params = {"base": place(directory), "lora": lora}
+    got = np.asarray(jax.jit(model.build("cpu").apply)({"params": params}, tokens))
+    np.testing.assert_allclose(got, expected, rtol=0, atol=1e-4)
 
 
 def test_every_adapter_is_used():

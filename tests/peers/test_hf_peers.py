@@ -164,8 +164,12 @@ def test_peft_loads_our_adapters(name, targets, tmp_path):
 
 @pytest.mark.parametrize("rslora", [False, True])
 def test_we_load_adapters_of_peft(rslora, tmp_path):
-    model = make("qwen3-linear")
-    model.save_pretrained(tmp_path / "base")
+    (tmp_path / "base").mkdir()
+    replay("qwen3-linear", tmp_path / "base")
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "base", attn_implementation="eager", dtype=torch.float32
+    )
+    torch.manual_seed(0)
     config = peft.LoraConfig(
         r=4, lora_alpha=7, target_modules=["q_proj", "o_proj", "down_proj"], use_rslora=rslora,
         init_lora_weights=False, task_type="CAUSAL_LM",
@@ -181,3 +185,21 @@ def test_we_load_adapters_of_peft(rslora, tmp_path):
     ours = np.asarray(lora_model.build("cpu").apply({"params": params}, tokens))
     plain = logits(directory.config, params["base"], tokens)
     assert np.abs(ours - plain).max() > 0.1 and np.abs(ours - theirs).max() < 1e-4
+    record_adapter("rslora" if rslora else "lora", tmp_path / "adapter", tokens, theirs)
+
+
+def record_adapter(name, folder, tokens, expected):
+    """The adapter, tokens and logits; its base is the recorded case qwen3-linear."""
+    from safetensors.numpy import load_file, save_file
+
+    path = CASES / f"peft-{name}.safetensors"
+    if path.exists():
+        return
+    case = {"case.tokens": tokens.astype(np.int32), "case.logits": expected}
+    save_file(load_file(folder / "adapter_model.safetensors") | case, path)
+    config = json.loads((folder / "adapter_config.json").read_text())
+    config["base_model_name_or_path"] = None  # a folder of the machine that recorded
+    versions = {m.__name__: m.__version__ for m in (torch, transformers, peft)}
+    path.with_suffix(".json").write_text(
+        json.dumps({"versions": versions, "config": config}, indent=1) + "\n"
+    )
