@@ -9,9 +9,11 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 
-def _check_factor(factor: float) -> None:
-    if not factor > 0:
-        raise ValueError(f"factor={factor} must be positive")
+def _check_stretch(factor: float, original: int = 1) -> None:
+    if not 0 < factor < math.inf:
+        raise ValueError(f"factor={factor} must be positive and finite")
+    if original < 1:
+        raise ValueError(f"original_max_position_embeddings={original} must be at least 1")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,7 +23,7 @@ class LinearScaling:
     factor: Annotated[float, "how many times longer the context becomes"] = 1.0
 
     def __post_init__(self):
-        _check_factor(self.factor)
+        _check_stretch(self.factor)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +36,7 @@ class Llama3Scaling:
     original_max_position_embeddings: Annotated[int, "context before stretching"] = 8192
 
     def __post_init__(self):
-        _check_factor(self.factor)
+        _check_stretch(self.factor, self.original_max_position_embeddings)
         low, high = self.low_freq_factor, self.high_freq_factor
         if not low < high:
             raise ValueError(f"low_freq_factor={low} must be below high_freq_factor={high}")
@@ -52,7 +54,7 @@ class YarnScaling:
     truncate: Annotated[bool, "round the ramp's ends to whole dimensions"] = True
 
     def __post_init__(self):
-        _check_factor(self.factor)
+        _check_stretch(self.factor, self.original_max_position_embeddings)
         slow, fast = self.beta_slow, self.beta_fast
         if not 0 < slow < fast:
             raise ValueError(f"beta_slow={slow} must be below beta_fast={fast}, both positive")

@@ -7,6 +7,7 @@ against the leading axes. Sources: top-k, Fan et al., 2018, section 5.4; top-p, 
 2020, section 3.1; min-p, Nguyen et al., 2024, section 3.
 """
 
+import numbers
 from typing import NamedTuple
 
 import jax
@@ -25,7 +26,8 @@ class Sampling(NamedTuple):
     def check(self) -> "Sampling":
         """Itself; ValueError for static values out of range, naming them."""
         _check("temperature", self.temperature, "at least 0", lambda x: 0 <= x < float("inf"))
-        if self.top_k is not None and (not isinstance(self.top_k, int) or self.top_k < 1):
+        whole = isinstance(self.top_k, numbers.Integral) and not isinstance(self.top_k, bool)
+        if self.top_k is not None and not (whole and self.top_k >= 1):
             raise ValueError(f"top_k={self.top_k!r} must be an integer of at least 1, or None")
         _check("top_p", self.top_p, "above 0 and at most 1, or None", lambda x: 0 < x <= 1)
         _check("min_p", self.min_p, "from 0 to 1, or None", lambda x: 0 <= x <= 1)
@@ -42,7 +44,7 @@ GREEDY = Sampling(temperature=0.0)
 
 
 def _check(name: str, value, legal: str, test) -> None:
-    if isinstance(value, int | float) and not test(value):
+    if isinstance(value, numbers.Real) and not test(value):
         raise ValueError(f"{name}={value} must be {legal}")
 
 
@@ -95,7 +97,8 @@ def sampling_logits(logits: Float[Array, "*b v"], sampling: Sampling) -> Float[A
     if sampling.greedy:
         return keep_best(logits)
     temperature = jnp.asarray(sampling.temperature, logits.dtype)[..., None]
-    warm = logits / jnp.where(temperature > 0, temperature, 1)
+    # Below 1e-30 quotients overflow, and the draw is that of the largest logit long before.
+    warm = logits / jnp.where(temperature > 0, jnp.maximum(temperature, 1e-30), 1)
     if sampling.top_k is not None:
         warm = keep_top_k(warm, sampling.top_k)
     if sampling.top_p is not None:
@@ -108,7 +111,7 @@ def sampling_logits(logits: Float[Array, "*b v"], sampling: Sampling) -> Float[A
 
 
 class Drawn(NamedTuple):
-    """Tokens with natural logarithms of their probability; everything float32."""
+    """Tokens with natural logarithms of their probability, float32 (float64 if the logits are)."""
 
     tokens: Int[Array, "b"]
     logprobs: Float[Array, "b"]  # under the model: temperature 1, no filter

@@ -178,3 +178,18 @@ def test_entropy_of_known_distributions():
 def test_settings_out_of_range_are_named(sampling, message):
     with pytest.raises(ValueError, match=message):
         sampling.check()
+
+
+def test_temperatures_near_zero_draw_the_likeliest():
+    logits = jnp.array([[1.0, 2.0, 3.0], [-jnp.inf, 200.0, -jnp.inf]])
+    for temperature in (1e-39, jnp.float32(1e-37)):
+        got = sampling_logits(logits, Sampling(temperature=temperature))
+        assert [int(i) for i in jnp.argmax(got, -1)] == [2, 1]
+        assert not np.any(np.isnan(got))
+
+
+@pytest.mark.parametrize("bad", [True, 0, 2.0])
+def test_top_k_is_a_whole_number(bad):
+    with pytest.raises(ValueError, match="top_k="):
+        Sampling(top_k=bad).check()
+    assert Sampling(top_k=np.int64(4)).check().top_k == 4
