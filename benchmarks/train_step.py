@@ -30,6 +30,7 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks.machine import cores, matmul_peak, processor, spread  # noqa: E402
 from benchmarks.peer import Peer  # noqa: E402
+from configs.__main__ import large_pages  # noqa: E402
 from models.decoder import DecoderConfig  # noqa: E402
 from sharding.topology import peak_flops  # noqa: E402
 from train import trainer  # noqa: E402

@@ -9,11 +9,16 @@ import sys
 TUNABLES = ("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")
 
 
-def main() -> int:
-    """Runs the command line with the configurations of this folder."""
+def large_pages() -> None:
+    """Starts this process anew with large pages, unless the user has settings of the allocator."""
     if platform.libc_ver()[0] == "glibc" and TUNABLES[0] not in os.environ:
         os.environ.setdefault(*TUNABLES)
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+
+
+def main() -> int:
+    """Runs the command line with the configurations of this folder."""
+    large_pages()
     from configs import presets
     from train.cli import main as command
 
