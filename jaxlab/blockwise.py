@@ -49,13 +49,18 @@ def attend_in_blocks(
     block_k: int,
 ) -> tuple[Float[Array, "b t h kv"], Float[Array, "b t h"]]:
     """(out, lse) of checked arguments; blocks have at most block_q queries and block_k keys."""
-    t, s = q.shape[1], k.shape[1]
-    plan = Plan(
-        rule, t, s, even_block(t, block_q), even_block(s, block_k), mask.q_positions is None
-    )
+    plan = plan_blocks(rule, q, k, mask, block_q, block_k)
     # One type for all under shard_map: a custom gradient must have the type of its input.
     q, k, v, mask = jax.tree.map(lambda x: vary_like(x, q, k, v, mask), (q, k, v, mask))
     return _attend(plan, q, k, v, mask)
+
+
+def plan_blocks(rule: Rule, q, k, mask: Mask, block_q: int, block_k: int) -> Plan:
+    """The plan of `forward_in_blocks` and `backward_in_blocks` for q [b, t, h, k], k [b, s, hk, k]."""
+    t, s = q.shape[1], k.shape[1]
+    return Plan(
+        rule, t, s, even_block(t, block_q), even_block(s, block_k), mask.q_positions is None
+    )
 
 
 def default_block(rows: int) -> int:
@@ -184,6 +189,26 @@ def _attend(plan: Plan, q, k, v, mask: Mask):
 
 
 def _forward(plan: Plan, q, k, v, mask: Mask):
+    out, lse = forward_in_blocks(plan, q, k, v, mask)
+    out, lse = checkpoint_name(out, "attn_out"), checkpoint_name(lse, "attn_lse")
+    return (out, lse), (q, k, v, mask, out, lse)
+
+
+def _backward(plan: Plan, saved, cotangents):
+    q, k, v, mask, *_ = saved
+    # Narrow types leave the loop, so that no whole dk or dv exists in the wide one.
+    dq, dk, dv = backward_in_blocks(plan, *saved, *cotangents, dtypes=(k.dtype, v.dtype))
+    nothing = jax.tree.map(lambda x: np.zeros(x.shape, jax.dtypes.float0), mask)
+    return dq.astype(q.dtype), dk, dv, nothing
+
+
+_attend.defvjp(_forward, _backward)
+
+
+def forward_in_blocks(
+    plan: Plan, q, k, v, mask: Mask
+) -> tuple[Float[Array, "b t h kv"], Float[Array, "b t h"]]:
+    """(out, lse), not differentiable: `attend_in_blocks` is."""
     hk, wide = k.shape[2], wide_type(q)
     cut = _cut_mask(plan, mask)
     visible = _visible(plan, cut)
@@ -224,15 +249,19 @@ def _forward(plan: Plan, q, k, v, mask: Mask):
         return (acc / some[..., None]).astype(q.dtype), lse
 
     out, lse = jax.lax.map(one, (jnp.arange(plan.n_q), qs))
-    out = checkpoint_name(_join_queries(out, plan.t), "attn_out")
-    lse = checkpoint_name(_join_queries(lse, plan.t), "attn_lse")
-    return (out, lse), (q, k, v, mask, out, lse)
+    return _join_queries(out, plan.t), _join_queries(lse, plan.t)
 
 
-def _backward(plan: Plan, saved, cotangents):
-    q, k, v, mask, out, lse = saved
-    dout, dlse = cotangents
+def backward_in_blocks(
+    plan: Plan, q, k, v, mask: Mask, out, lse, dout, dlse, *, dtypes=(None, None)
+) -> tuple[Float[Array, "b t h k"], Float[Array, "b s hk k"], Float[Array, "b s hk kv"]]:
+    """Gradients (dq, dk, dv) in the wide type, the latter two in `dtypes` where given.
+
+    `out` and `lse` may be those of attention to more keys than `k`: the result is then the part of
+    the gradients that these keys have, which is what attention in several places adds up.
+    """
     hk, wide, softcap = k.shape[2], wide_type(q), plan.rule.softcap
+    of_k, of_v = (wide if dtype is None else dtype for dtype in dtypes)
     cut = _cut_mask(plan, mask)
     visible = _visible(plan, cut)
     # d lse / d logit = p, d out / d logit = p (v - out): both gradients in one row sum.
@@ -271,17 +300,12 @@ def _backward(plan: Plan, saved, cotangents):
         # Gradients of keys as [k, s]: the large factor, [t, s], is then never transposed.
         start = (dq, _zeros(kj.mT, wide), _zeros(vj.mT, wide))
         dq, dk, dv = loop_at_most(plan.n_q, *query_blocks(plan, j), body, start)
-        return dq, (dk.mT.astype(k.dtype), dv.mT.astype(v.dtype))
+        return dq, (dk.mT.astype(of_k), dv.mT.astype(of_v))
 
     blocks = (jnp.arange(plan.n_k), _cut_keys(plan, k), _cut_keys(plan, v))
     dq, (dk, dv) = jax.lax.scan(one, _zeros(qs, wide), blocks)
-    dq = _join_queries(dq, plan.t).astype(q.dtype)
-    dk, dv = _join_keys(dk, plan.s), _join_keys(dv, plan.s)
-    return dq, dk, dv, jax.tree.map(lambda x: np.zeros(x.shape, jax.dtypes.float0), mask)
+    return _join_queries(dq, plan.t), _join_keys(dk, plan.s), _join_keys(dv, plan.s)
 
 
 def _zeros(x: jax.Array, dtype) -> jax.Array:
     return vary_like(jnp.zeros(x.shape, dtype), x)
-
-
-_attend.defvjp(_forward, _backward)

@@ -106,6 +106,9 @@ CASES: dict[str, Case] = {
         lambda x, p: apply_rope(x, p, jnp.asarray(rope_frequencies(8, 1e4))),
         lambda key, dtype: (*_normal(key, dtype, (2, 5, 4, 8)), jnp.array([[0, 1, 2, 0, 1]] * 2)),
     ),
+    "jaxlab.norm.rms_norm": Case(
+        rms_norm, lambda key, dtype: _normal(key, dtype, (2, 5, 8), (8,))
+    ),
     "jaxlab.tiled.tiled_mlp": Case(
         lambda x, w: tiled_mlp(lambda part: jax.nn.silu(part @ w), x, n_tiles=3),
         lambda key, dtype: _normal(key, dtype, (2, 6, 8), (8, 4)),
