@@ -5,6 +5,7 @@ method. Source: papers' note on UPipe, section 9.2.
 """
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -30,7 +31,12 @@ from sharding.context.checks import (
 )
 from sharding.context.cores import find_core
 from sharding.context.ring import Ring, gathered_attention, ring_attention
-from sharding.context.schedule import HeadSchedule, head_schedule, legal_heads_per_stage, replication
+from sharding.context.schedule import (
+    HeadSchedule,
+    head_schedule,
+    legal_heads_per_stage,
+    replication,
+)
 from sharding.context.stages import Exchange, Layer, Rotation, Weights, staged, whole
 from sharding.context.zigzag import natural_index
 
@@ -68,18 +74,20 @@ class Plan(NamedTuple):
         size = getattr(self.sizes, axis)
         return Ring(axis, size, self.rule, self.seq_len, self.zigzag) if size > 1 else None
 
-    def attend(self, segment_ids, q, k, v):
+    def attend(self, segment_ids, q, k, v) -> Any:
         """Attention between the exchanges; `segment_ids` are those of the whole sequence."""
         if self.ring is None:
-            return self.core(q, k, v, segment_ids=segment_ids, **self.rule._asdict())
+            arguments: dict[str, Any] = self.rule._asdict()
+            return self.core(q, k, v, segment_ids=segment_ids, **arguments)
         attend = gathered_attention if self.method == "allgather" else ring_attention
         return attend(self.ring, q, k, v, segment_ids)
 
     def positions(self, length: int) -> Int[Array, "1 s"]:
         """Natural indices of this device's tokens."""
+        names = () if self.mesh is None else self.mesh.axis_names
         shard = 0
-        for axis in ("ring", "context") if self.mesh is not None else ():
-            if axis in self.mesh.axis_names:
+        for axis in ("ring", "context"):
+            if axis in names:
                 shard = shard * getattr(self.sizes, axis) + jax.lax.axis_index(axis)
         places = shard * length + jnp.arange(length, dtype=jnp.int32)
         if self.zigzag and self.ring:
@@ -88,6 +96,7 @@ class Plan(NamedTuple):
 
     def specs(self) -> tuple[P, P, P, P]:
         """Of tokens [b, s], of their segments (which every shard has whole), of heads, of wo's heads."""
+        assert self.mesh is not None
         names = self.mesh.axis_names
         group = lambda *axes: tuple(axis for axis in axes if axis in names) or None  # noqa: E731
         rows, tokens, heads = group("data", "fsdp"), group("ring", "context"), group("tensor")
@@ -175,11 +184,11 @@ def _layer(plan: Plan, x, weights: Weights, positions, segment_ids, inv_freq, q_
         split = plan.mesh is not None and "tensor" in plan.mesh.axis_names
         return jax.lax.psum(y, "tensor") if split else y
 
-    specs = ()
+    specs: tuple[Any, ...] = ()
     if plan.mesh is not None:
         tokens, segments, heads, out_heads = plan.specs()
-        w = P(None, heads[2])
-        specs = (tokens, Weights(w, w, w, out_heads), tokens, segments, P(), P(), P())
+        weight_specs: Any = (P(None, heads[2]),) * 3 + (out_heads,)
+        specs = (tokens, Weights(*weight_specs), tokens, segments, P(), P(), P())
     run = plan.shard(local, specs, specs[0] if specs else None)
     return run(x, weights, positions, segment_ids, inv_freq, q_norm, k_norm)
 
@@ -224,7 +233,7 @@ def _attention(plan: Plan, q, k, v, segment_ids):
         out = plan.attend(segment_ids, swap.to_heads(q), swap.keys(k), swap.keys(v))
         return swap.to_tokens(out)
 
-    specs = ()
+    specs: tuple[Any, ...] = ()
     if plan.mesh is not None:
         _, segments, heads, _ = plan.specs()
         specs = (heads, heads, heads, segments)
@@ -250,7 +259,9 @@ def _plan(
     if method in BALANCED and callable(core):
         raise ValueError(f"core={core!r}: {method!r} has attention of its own, give a name")
     sizes, platform = mesh_sizes(mesh), _platform(mesh)
-    function, typed = find_core(core, platform)
+    # Without shard_map, of method 'none', the compiler splits the work, which it cannot with kernels.
+    whole_mesh = math.prod(sizes) if method == "none" else 1
+    function, typed = find_core(core, platform, whole_mesh, q, rule, segment_ids)
     schedule = None
     if method in STAGED:
         heads = h // sizes.tensor, hk // sizes.tensor, sizes.context

@@ -7,11 +7,12 @@ Source: Ring Attention (Liu et al., 2023); papers' note on UPipe, section 7.8.
 """
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from jaxlab.attention import blockwise_attention
@@ -86,12 +87,13 @@ def gathered_attention(
     k: Float[Array, "b s hk k"],
     v: Float[Array, "b s hk k"],
     segment_ids: Int[Array, "b t"] | None,
-) -> Float[Array, "b s h k"]:
+):
     """What `ring_attention` returns, with the keys and values of all ranks gathered at once."""
     k, v = (jax.lax.all_gather(x, ring.axis, axis=1, tiled=True) for x in (k, v))
     everyone = [ring.positions(rank) for rank in range(ring.size)]
+    rule: dict[str, Any] = ring.rule._asdict()
     return blockwise_attention(
-        q, k, v, **ring.rule._asdict(),
+        q, k, v, **rule,
         q_positions=ring.positions(ring.rank()), k_positions=jnp.concatenate(everyone, 1),
         segment_ids=ring.segments(segment_ids, ring.rank()), k_segment_ids=segment_ids,
     )  # fmt: skip
@@ -122,12 +124,13 @@ def _forward(ring: Ring, q, k, v, segment_ids):
     def visit(state, kv, source):
         mask = _alike(ring.mask(segment_ids, ring.rank(), source), q)
         plan = plan_blocks(ring.rule, q, k, mask, block, block)
-        return _merge(*state, *forward_in_blocks(plan, q, *kv, mask))
+        out, lse = forward_in_blocks(plan, q, kv[0], kv[1], mask)
+        return _merge(state[0], state[1], out, lse)
 
     nothing = jnp.zeros(q.shape, wide), jnp.full(q.shape[:3], -jnp.inf, wide)
     out, lse = _turn(ring, visit, _alike(nothing, q), jnp.stack([k, v]))
-    out = jax.ad_checkpoint.checkpoint_name(out.astype(q.dtype), "attn_out")
-    lse = jax.ad_checkpoint.checkpoint_name(lse, "attn_lse")
+    out = checkpoint_name(out.astype(q.dtype), "attn_out")
+    lse = checkpoint_name(lse, "attn_lse")
     return out, (q, k, v, segment_ids, out, lse)
 
 
@@ -148,7 +151,7 @@ def _backward(ring: Ring, saved, dout):
         dq, dkv = state
         mask = _alike(ring.mask(segment_ids, ring.rank(), source), q)
         plan = plan_blocks(ring.rule, q, k, mask, block, block)
-        dqi, dk, dv = backward_in_blocks(plan, q, *kv, mask, out, lse, dout, no_dlse)
+        dqi, dk, dv = backward_in_blocks(plan, q, kv[0], kv[1], mask, out, lse, dout, no_dlse)
         # After the last visit this is the step home.
         return dq + dqi, ring.send(dkv + jnp.stack([dk, dv]))
 

@@ -5,6 +5,8 @@ in the backward pass, so that memory is that of one stage. Source: UPipe (arXiv 
 note on it, section 3.
 """
 
+import functools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -79,16 +81,17 @@ class Layer(NamedTuple):
     exchange: Exchange
     rotation: Rotation
 
-    def queries(self, x, wq):
-        """Rotated queries, exchanged."""
-        return self.exchange.to_heads(self.rotation(_project(x, wq), self.rotation.q_norm))
+    def queries(self, x, wq, sink=None):
+        """Rotated queries, exchanged; and `sink`, see `_project`."""
+        q, sink = _project(x, wq, sink)
+        return self.exchange.to_heads(self.rotation(q, self.rotation.q_norm)), sink
 
-    def keys(self, x, wk, wv):
-        """Rotated keys, and values, exchanged."""
-        # One product: two would make two gradients of x as large as x.
-        k, v = jnp.split(_project(x, jnp.concatenate([wk, wv], 1)), 2, 2)
+    def keys(self, x, wk, wv, sink=None):
+        """Rotated keys, and values, exchanged; and `sink`."""
+        kv, sink = _project(x, jnp.concatenate([wk, wv], 1), sink)
+        k, v = jnp.split(kv, 2, 2)
         k = self.rotation(k, self.rotation.k_norm)
-        return self.exchange.keys(k), self.exchange.keys(v)
+        return self.exchange.keys(k), self.exchange.keys(v), sink
 
     def outputs(self, out, wo):
         """What these heads add to the layer's output."""
@@ -96,44 +99,84 @@ class Layer(NamedTuple):
         b, s, h, k = out.shape
         return (out.reshape(b * s, h * k) @ wo.reshape(h * k, -1)).reshape(b, s, -1)
 
-    def stage(self, x, wq, k, v, wo):
-        """The share of the layer's output that the heads of `wq` have."""
-        return self.outputs(self.attend(self.queries(x, wq), k, v), wo)
-
-
-def _project(x, w):
-    # One plain product: with heads and head dims as two axes the CPU compiler needs a copy of x more.
-    b, s, d = x.shape
-    return (x.reshape(b * s, d) @ w.reshape(d, -1)).reshape(b, s, *w.shape[1:])
-
 
 def whole(layer: Layer, x: Float[Array, "b s d"], w: Weights) -> Float[Array, "b s d"]:
     """All heads at once."""
-    return layer.stage(x, w.wq, *layer.keys(x, w.wk, w.wv), w.wo)
+    q, _ = layer.queries(x, w.wq)
+    k, v, _ = layer.keys(x, w.wk, w.wv)
+    return layer.outputs(layer.attend(q, k, v), w.wo)
 
 
 def staged(
     layer: Layer, schedule: HeadSchedule, policy: str, x: Float[Array, "b s d"], w: Weights
 ) -> Float[Array, "b s d"]:
     """A chunk of key/value heads after the other, and within it a slice of queries after the other."""
-    remat = {"policy": POLICIES[policy]}
-    n, t, r, i = schedule.n_outer, schedule.n_inner, schedule.cp_size, schedule.gt
-    cut = {"o": n, "t": t, "r": r, "i": i}
+    remat = functools.partial(jax.checkpoint, policy=POLICIES[policy], prevent_cse=False)
+    if schedule.n_outer == schedule.n_inner == 1:
+        return remat(functools.partial(whole, layer))(x, w)
+    cut = {"o": schedule.n_outer, "t": schedule.n_inner, "r": schedule.cp_size, "i": schedule.gt}
     wq = rearrange(w.wq, "d (o r j t i) k -> o t d (r j i) k", **cut)
     wo = rearrange(w.wo, "(o r j t i) k d -> o t (r j i) k d", **cut)
-    wk, wv = (rearrange(y, "d (o u) k -> o d u k", o=n) for y in (w.wk, w.wv))
+    wk, wv = (rearrange(y, "d (o u) k -> o d u k", o=schedule.n_outer) for y in (w.wk, w.wv))
+    sink, x = x, jax.lax.stop_gradient(x)
 
-    def chunk(y, weights):
+    def chunk(carry, weights):
+        y, sink = carry
         wq, wo, wk, wv = weights
-        k, v = layer.keys(x, wk, wv)
+        k, v, sink = layer.keys(x, wk, wv, sink)
 
-        def one(y, weights):
+        def stage(carry, weights):
+            y, sink = carry
             wq, wo = weights
-            return y + layer.stage(x, wq, k, v, wo), None
+            q, sink = layer.queries(x, wq, sink)
+            return (y + layer.outputs(layer.attend(q, k, v), wo), sink), None
 
-        # A loop of one step is no loop to the compiler: only a barrier then keeps it from merging
-        # what is computed again with what was computed before, and keeping that.
-        return jax.lax.scan(jax.checkpoint(one, **remat, prevent_cse=t == 1), y, (wq, wo))
+        return jax.lax.scan(remat(stage), (y, sink), (wq, wo))
 
     y = vary_like(jnp.zeros(x.shape[:2] + w.wo.shape[2:], x.dtype), x, w)
-    return jax.lax.scan(jax.checkpoint(chunk, **remat, prevent_cse=n == 1), y, (wq, wo, wk, wv))[0]
+    return jax.lax.scan(remat(chunk), (y, sink), (wq, wo, wk, wv))[0][0]
+
+
+def _project(x, w, sink):
+    """The product x w [b, s, h, k], and `sink` as it is.
+
+    With a sink, which is x again, the gradient of x is added to that of the sink, in place: a carry
+    of loops then holds the only array of that size, where autodiff adds up one of each stage.
+    """
+    return (_product(x, w), None) if sink is None else _into_sink(x, w, sink)
+
+
+def _product(x, w):
+    # One plain product: with heads and head dims as two axes the CPU compiler needs a copy of x more.
+    b, s, d = x.shape
+    return (x.reshape(b * s, d) @ w.reshape(d, -1)).reshape(b, s, *w.shape[1:])
+
+
+@jax.custom_vjp
+def _into_sink(x, w, sink):
+    return _product(x, w), sink
+
+
+def _into_sink_forward(x, w, sink):
+    return (_product(x, w), sink), (x, w)
+
+
+def _into_sink_backward(saved, cotangents):
+    (x, w), (dy, dx) = saved, cotangents
+    b, s, d = x.shape
+    dw = (x.reshape(b * s, d).T @ dy.reshape(b * s, -1)).reshape(w.shape)
+    n = math.gcd(s, _TILES)
+    wide = jnp.promote_types(x.dtype, jnp.float32)
+
+    def tile(i, dx):
+        old, part = (jax.lax.dynamic_slice_in_dim(a, i * (s // n), s // n, 1) for a in (dx, dy))
+        more = jnp.tensordot(part, w, ((2, 3), (1, 2)), preferred_element_type=wide)
+        new = (old.astype(wide) + more).astype(dx.dtype)
+        return jax.lax.dynamic_update_slice_in_dim(dx, new, i * (s // n), 1)
+
+    return None, dw, jax.lax.fori_loop(0, n, tile, dx)
+
+
+# Of the sequence, so that what is added is a fraction of x.
+_TILES = 8
+_into_sink.defvjp(_into_sink_forward, _into_sink_backward)
