@@ -3,8 +3,10 @@
 import dataclasses
 import hashlib
 import importlib
+import io
 import json
 import os
+import platform
 import shlex
 import shutil
 import socket
@@ -19,7 +21,9 @@ import jax
 import numpy as np
 import pytest
 
+from configs import __main__ as entry
 from configs import presets
+from models.hf_names import hf_config
 from sharding.mesh import MeshShape
 from train.arguments import parse
 from train.checkpoint import Checkpoints
@@ -59,11 +63,19 @@ def place(tmp_path_factory):
     folder = tmp_path_factory.mktemp("place")
     done = jaxlab("train", "tiny", "steps=2", "--run-dir", "run", "--quiet", cwd=folder)
     assert done.returncode == 0, done.stderr
+    made = jaxlab("export", "hf", "run", "good", cwd=folder)
+    assert made.returncode == 0, made.stderr
     shutil.copytree(folder / "run", folder / "unreadable")
     (folder / "unreadable" / "config.json").write_text('{"type": ')
     (folder / "busy").mkdir()
     (folder / "busy" / "thesis.tex").write_text("precious")
     (folder / "file").write_text("x")
+    for name, kind in (("model", "Llama"), ("mistral", "Mistral")):
+        (folder / name).mkdir()
+        shape = hf_config(presets()["tiny"].make().model, "float32", 64)
+        shape["architectures"] = [f"{kind}ForCausalLM"]
+        (folder / name / "config.json").write_text(json.dumps(shape))
+        (folder / name / "model.safetensors").write_bytes(b"\x02\0\0\0\0\0\0\0{}")
     (folder / "empty.txt").write_text("")
     (folder / "latin.txt").write_bytes("é".encode("latin-1") * 500)
     (folder / "bad.jsonl").write_text('{"text": "a"}\n{oops\n')
@@ -166,12 +178,49 @@ WRONG = [
     ("inspect-file", "inspect file", "file is a file, not a run directory"),
     ("inspect-meta", "inspect bad-meta", "bad-meta/checkpoints/2 is damaged"),
     ("inspect-rotten", "inspect rotten --verify", "rotten/checkpoints/2 is damaged"),
+    ("import-nothing", "import hf nowhere --run-dir new", "nowhere"),
+    ("import-empty", "import hf busy --run-dir new", "it has no config.json"),
+    ("import-busy", "import hf model --run-dir busy", "is not empty"),
+    ("import-mistral", "import hf mistral --run-dir new", "architectures="),
+    ("import-rank", "import hf model --run-dir new --lora 0", "0 must be at least 1"),
+    ("import-field", "import hf good --run-dir new model.layers=9", "is not the imported model's"),
+    ("import-adapter", "import hf good --run-dir new --adapter busy", "adapter_config.json"),
+    ("import-format", "import gguf model --run-dir new", "invalid choice: 'gguf'"),
+    ("export-nothing", "export hf nowhere out", "nowhere"),
+    ("export-step", "export hf run/checkpoints/7 out", "checkpoints of steps [2]"),
+    ("export-busy", "export hf run busy", "is not empty"),
+    ("export-dtype", "export hf run out --dtype int4", "invalid choice: 'int4'"),
     ("topology", "compile --config tiny --topology v5p:2x2x9", "v5p:2x2x"),
     ("chip", "compile --config tiny --topology v9:2x2", "v9"),
     ("coordinator", "train tiny --coordinator localhost:1", "belong together"),
     ("process-id", "train tiny --coordinator h:1 --processes 2 --process-id 2", "must be in 0..1"),
     ("address", "train tiny --coordinator h --processes 2 --process-id 0", "HOST:PORT"),
 ]  # fmt: skip
+
+
+WRONG_LINES = pytest.mark.parametrize(
+    ("line", "message"), [w[1:] for w in WRONG], ids=[w[0] for w in WRONG]
+)
+
+
+def check_wrong(code, stderr, message):
+    said = " ".join(stderr.split())
+    assert code == 2, said
+    assert message in said
+    assert "Traceback" not in said and len(stderr.strip().splitlines()) < 12
+
+
+@WRONG_LINES
+def test_wrong_invocation_says_so_and_changes_nothing(place, monkeypatch, capfd, line, message):
+    monkeypatch.chdir(place)
+    monkeypatch.setattr(sys, "stdin", io.StringIO())
+    before = snapshot(place)
+    try:
+        code = main(presets(), shlex.split(line))
+    except SystemExit as exit_:  # argparse
+        code = exit_.code
+    check_wrong(code, capfd.readouterr().err, message)
+    assert snapshot(place) == before
 
 
 @pytest.fixture(scope="module")
@@ -183,16 +232,14 @@ def durations():
     print(f"slowest of {len(seconds)} wrong invocations: {seconds[slowest]:.1f} s, {slowest}")
 
 
-@pytest.mark.parametrize(("line", "message"), [w[1:] for w in WRONG], ids=[w[0] for w in WRONG])
-def test_wrong_invocation_says_so_and_changes_nothing(place, durations, line, message):
+@pytest.mark.slow
+@WRONG_LINES
+def test_wrong_invocation_in_a_process_of_its_own(place, durations, line, message):
     before = snapshot(place)
     begin = time.perf_counter()
     done = jaxlab(*shlex.split(line), cwd=place)
     durations[line] = time.perf_counter() - begin
-    said = " ".join(done.stderr.split())
-    assert done.returncode == 2, said
-    assert message in said
-    assert "Traceback" not in said and len(done.stderr.strip().splitlines()) < 12
+    check_wrong(done.returncode, done.stderr, message)
     assert snapshot(place) == before
 
 
@@ -230,14 +277,18 @@ def test_list_names_every_configuration(tmp_path):
 
 
 @pytest.mark.parametrize("name", sorted(presets()))
-def test_every_configuration_plans_prints_and_lists_its_fields(name, tmp_path):
-    plan = jaxlab("train", name, "--plan", cwd=tmp_path)
-    assert plan.returncode == 0 and "bytes per device" in plan.stdout, plan.stderr
-    fields = jaxlab("train", name, "--fields", cwd=tmp_path)
-    assert "optimizer.lr" in fields.stdout
-    printed = jaxlab("train", name, "--print", "optimizer.lr=0.5", cwd=tmp_path)
-    assert '"lr": 0.5' in printed.stdout
-    lines = fields.stdout.splitlines()
+def test_every_configuration_plans_prints_and_lists_its_fields(name, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+
+    def said(*words) -> str:
+        assert main(presets(), ["train", name, *words]) == 0
+        return capsys.readouterr().out
+
+    assert "bytes per device" in said("--plan")
+    assert '"lr": 0.5' in said("--print", "optimizer.lr=0.5")
+    fields = said("--fields")
+    assert "optimizer.lr" in fields
+    lines = fields.splitlines()
     assert all(line.count("  ") and line[0] != " " for line in lines)
     packing = [line for line in lines if line.startswith("source.packing ")]
     assert all("concat|first_fit" in line for line in packing)
@@ -297,6 +348,22 @@ def test_what_to_try_next_can_be_typed(tmp_path, monkeypatch):
     assert [words[1] for words in typed(silent, folder, "demo", [])] == ["train", "list"]
     sample_only = dataclasses.replace(run, evaluators=run.evaluators[1:])
     assert typed(sample_only, folder, "demo", [])[1][1:] == ["eval", "my runs/é"]
+
+
+def test_large_pages_are_asked_for_once(monkeypatch):
+    """The process starts anew with the allocator's setting, unless the user has made one."""
+    calls = []
+    monkeypatch.setattr(os, "execv", lambda *args: calls.append(args) or sys.exit(0))
+    monkeypatch.setattr(platform, "libc_ver", lambda: ("glibc", "2.36"))
+    monkeypatch.setattr(sys, "orig_argv", ["python", "-m", "configs", "list"])
+    monkeypatch.setattr(sys, "argv", ["jaxlab", "list"])
+    monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
+    with pytest.raises(SystemExit):
+        entry.main()
+    assert calls == [(sys.executable, [sys.executable, "-m", "configs", "list"])]
+    assert os.environ["GLIBC_TUNABLES"] == "glibc.malloc.hugetlb=1"
+    assert entry.main() == 0 and len(calls) == 1
+    monkeypatch.delenv("GLIBC_TUNABLES")
 
 
 def test_the_program_is_named_as_it_was_called(tmp_path, monkeypatch):

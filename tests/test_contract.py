@@ -14,6 +14,9 @@ from contract_cases import CASES, EXEMPT, INTERNAL
 import jaxlab
 
 TOLERANCE = {"float32": 2e-6, "bfloat16": 2e-2}
+every_dtype = pytest.mark.parametrize(
+    "dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)]
+)
 every = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 
 
@@ -52,7 +55,7 @@ def close(a, b, dtype):
 
 
 @every
-@pytest.mark.parametrize("dtype", TOLERANCE)
+@every_dtype
 def test_jit_is_no_jit_and_the_dtype_is_kept(case, dtype):
     args = case.args(jax.random.key(0), dtype)
     plain = case.call(*args)
@@ -67,12 +70,13 @@ def test_jit_is_no_jit_and_the_dtype_is_kept(case, dtype):
 def test_vmap_is_a_loop(case):
     args = [case.args(jax.random.key(i), "float32") for i in range(3)]
     stacked = jax.tree.map(lambda *x: jnp.stack(x), *args)
-    loop = jax.tree.map(lambda *x: jnp.stack(x), *(case.call(*a) for a in args))
-    close(jax.vmap(case.call)(*stacked), loop, "float32")
+    one = jax.jit(case.call)
+    loop = jax.tree.map(lambda *x: jnp.stack(x), *(one(*a) for a in args))
+    close(jax.jit(jax.vmap(case.call))(*stacked), loop, "float32")
 
 
 @every
-@pytest.mark.parametrize("dtype", TOLERANCE)
+@every_dtype
 def test_gradients_are_finite_and_of_the_argument_s_type(case, dtype):
     if not case.grad:
         pytest.skip("not differentiable by nature")
@@ -82,7 +86,7 @@ def test_gradients_are_finite_and_of_the_argument_s_type(case, dtype):
     def total(*args):
         return sum(jnp.sum(jnp.sin(x.astype(jnp.float32))) for x in floating(case.call(*args)))
 
-    grads = jax.grad(total, argnums=which)(*args)
+    grads = jax.jit(jax.grad(total, argnums=which))(*args)
     for i, grad in zip(which, grads, strict=True):
         chex.assert_trees_all_equal_shapes_and_dtypes(grad, args[i])
         assert all(bool(jnp.all(jnp.isfinite(g))) for g in jax.tree.leaves(grad))

@@ -20,6 +20,7 @@ from sharding.rules import shardings
 from train import trainer
 from train.checkpoint import Checkpoints
 from train.exchange import export_hf, import_hf
+from train.metrics import read, series
 from train.run import load_run
 from train.state import logical_axes
 
@@ -76,12 +77,12 @@ def test_recorded_logits_of_transformers(name, tmp_path):
     np.testing.assert_allclose(got, expected, rtol=0, atol=1e-4)
 
 
-def write(folder, config=SMALL, dtype="float32", seed=0, **changes):
+def write(folder, config=SMALL, dtype="float32", seed=0, scale=1.0, **changes):
     """A directory with random weights; `changes` go into its config.json."""
     rng = np.random.default_rng(seed)
     kind = jnp.dtype(dtype)
     arrays = {
-        name: rng.standard_normal(e.hf_shape).astype(kind)
+        name: (scale * rng.standard_normal(e.hf_shape)).astype(kind)
         for e in entries(config)
         for name in e.names
     }
@@ -226,6 +227,25 @@ def test_imported_run_trains_resumes_and_exports(tmp_path):
     after = load_file(tmp_path / "after" / "model.safetensors")
     assert after["model.norm.weight"].dtype == jnp.bfloat16
     assert not np.array_equal(after["lm_head.weight"], arrays["lm_head.weight"].astype("bfloat16"))
+
+
+def test_fine_tuning_an_imported_model_is_the_same_on_1_and_8_devices(tmp_path, monkeypatch):
+    """All parameters, twenty steps."""
+    write(tmp_path / "m", scale=0.2)
+    losses, devices = {}, jax.devices()
+    fields = ["source.seq_len=32", "steps=20", "optimizer.lr=0.01"]
+    for n, mesh in ((1, ["mesh.data=1"]), (8, ["mesh.data=2", "mesh.fsdp=2", "mesh.tensor=2"])):
+        monkeypatch.setattr(jax, "device_count", lambda n=n: n)
+        monkeypatch.setattr(
+            trainer, "make_mesh", lambda s, d=None, n=n: make_mesh(s, d or devices[:n])
+        )
+        folder = tmp_path / str(n)
+        import_hf(tmp_path / "m", folder, [*fields, *mesh])
+        trainer.fit(dataclasses.replace(load_run(folder), log_every=1), folder, quiet=True)
+        losses[n] = series(read(folder), "train", "loss")[1]
+    print("final losses", losses[1][-1], losses[8][-1])
+    assert len(losses[1]) == 20 and losses[1][-1] < losses[1][0] - 0.3
+    np.testing.assert_allclose(losses[8], losses[1], rtol=0, atol=1e-4)
 
 
 def test_another_model_than_imported_is_refused(tmp_path):

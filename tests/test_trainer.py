@@ -84,9 +84,12 @@ def test_accumulation_is_exact(tmp_path, devices, name):
     run = dataclasses.replace(
         RUN, optimizer=Optimizer(name=name, warmup=5, ema=0.5), steps=4, mesh=MeshShape(data=2)
     )
+    held_out = {}
     for parts in (1, 4):
-        trainer.fit(dataclasses.replace(run, accumulate=parts), tmp_path / str(parts), quiet=True)
+        cut = dataclasses.replace(run, accumulate=parts, evaluators=(HeldOut(batches=2),))
+        held_out[parts] = trainer.fit(cut, tmp_path / str(parts), quiet=True).values["valid/loss"]
     np.testing.assert_allclose(losses(tmp_path / "4"), losses(tmp_path / "1"), atol=2e-5)
+    assert abs(held_out[4] - held_out[1]) < 2e-5
 
 
 def state_of(folder, mesh=None, step=None):

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import json
 import logging
 import math
 import shutil
@@ -66,6 +67,10 @@ def _paths(tree: Any) -> list[str]:
     return [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves]
 
 
+def _files(folder: Path) -> list[Path]:
+    return sorted(p for p in folder.rglob("*") if p.is_file())
+
+
 class StructureError(ValueError):
     """The checkpoint is sound but belongs to another model or optimiser."""
 
@@ -97,6 +102,9 @@ class Checkpoints:
             cleanup_tmp_directories=not read_only,
         )
         self._manager: ocp.CheckpointManager | None = None
+        self._unlisted: set[int] = (
+            set()
+        )  # saved here, the sizes of their files not yet written down
 
     @property
     def manager(self) -> ocp.CheckpointManager:
@@ -128,12 +136,51 @@ class Checkpoints:
         sums = [int(s) for s in np.asarray(fingerprint(state))]
         meta = meta | {"step": step, "fingerprint": dict(zip(_paths(state), sums, strict=True))}
         items = ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta))
+        if jax.process_index() == 0:  # of a step that was taken away
+            self._sizes(step).unlink(missing_ok=True)
         self.manager.save(step, args=items, force=True)
+        self._list_sizes()
+        self._unlisted.add(step)
 
     def wait(self) -> None:
         """Blocks until every started save is on disk; raises what went wrong with it."""
         if self._manager is not None:
             self._manager.wait_until_finished()
+        self._list_sizes()
+
+    def _sizes(self, step: int) -> Path:
+        return self.folder / f"sizes-{step}.json"
+
+    def _list_sizes(self) -> None:
+        """Writes down how long the files of finished steps are: `sizes-STEP.json` beside the step."""
+        steps = self.steps()
+        for step in self._unlisted.intersection(steps) if jax.process_index() == 0 else ():
+            whole = self.folder / str(step)
+            sizes = {str(p.relative_to(whole)): p.stat().st_size for p in _files(whole)}
+            (self.folder / ".sizes").write_text(json.dumps(sizes))
+            (self.folder / ".sizes").replace(self._sizes(step))
+            self._unlisted.remove(step)
+            for old in self.folder.glob("sizes-*.json"):
+                if int(old.stem[6:]) not in steps:
+                    old.unlink()
+
+    def _cut_short(self, step: int) -> str | None:
+        """The first file of a step that is missing or has not the size it was saved with.
+
+        Known before Orbax reads: a process that fails in there leaves the others waiting for it.
+        """
+        try:
+            sizes = json.loads(self._sizes(step).read_text())
+        except (OSError, ValueError):  # killed before it was written: the checksums will tell
+            return None
+        found = {
+            str(p.relative_to(self.folder / str(step))): p.stat().st_size
+            for p in _files(self.folder / str(step))
+        }
+        for name, size in sizes.items():
+            if found.get(name) != size:
+                return f"its file {name} has {found.get(name, 'no')} bytes, {size} were saved"
+        return None
 
     def preempted(self, step: int) -> bool:
         """True on every process at the same step once any of them got SIGTERM (several processes)."""
@@ -161,7 +208,10 @@ class Checkpoints:
         """
         rejected: dict[int, str] = {}
         for candidate in [step] if step is not None else reversed(self.steps()):
-            error, got = None, None
+            error, got = self._cut_short(candidate), None
+            if not all_agree(error is None):
+                rejected[candidate] = error or "cut short, as another process sees it"
+                continue
             try:
                 got = self._read(abstract, candidate, only)
             except (StructureError, PermissionError, MemoryError):
@@ -242,6 +292,7 @@ class Checkpoints:
             for step in steps:
                 name = f"corrupt-{step}-{time.strftime('%Y%m%dT%H%M%S')}"
                 (self.folder / str(step)).rename(self.folder / name)
+                self._sizes(step).unlink(missing_ok=True)
         if jax.process_count() > 1:
             multihost_utils.sync_global_devices("set aside")
 
@@ -249,7 +300,7 @@ class Checkpoints:
         """Waits for saves under way and releases the manager."""
         if self._manager is not None:
             with contextlib.closing(self._manager):
-                self._manager, _ = None, self._manager.wait_until_finished()
+                self._manager, _ = None, self.wait()
 
 
 def check_space(folder: Path, state: int) -> None:

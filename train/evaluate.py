@@ -9,6 +9,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from train.feed import global_batch
+from train.state import in_microbatches
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +55,8 @@ class HeldOut:
 
         @jax.jit
         def metrics(params, batch):
-            return run.objective(scene.apply, params, batch, jax.random.key(run.seed))[1]
+            found = lambda part, key: run.objective(scene.apply, params, part, key)[1]  # noqa: E731
+            return in_microbatches(found, run.accumulate, batch, jax.random.key(run.seed))
 
         def evaluate(params, step):
             sums: dict[str, np.ndarray] = {}

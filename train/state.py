@@ -1,5 +1,6 @@
 """The train state and the pure train step."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -93,6 +94,22 @@ def _like_params(opt, params, by_param, rest):
     return jax.tree_util.tree_map_with_path(place, opt)
 
 
+def in_microbatches(fn: Callable, count: int, batch: Batch, key: jax.Array) -> Any:
+    """The sum of `fn(microbatch, its key)` over `count` equal parts of the batch, one at a time."""
+    if count == 1:
+        return fn(batch, key)
+    # Rows i, i+A, i+2A... form microbatch i: every device keeps the rows it holds.
+    cut = lambda x: x.reshape(-1, count, *x.shape[1:]).swapaxes(0, 1)  # noqa: E731
+    micro, keys = jax.tree.map(cut, batch), jax.random.split(key, count)
+    shapes = jax.eval_shape(fn, jax.tree.map(lambda x: x[0], micro), keys[0])
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+
+    def body(total, xs):
+        return jax.tree.map(jnp.add, total, fn(*xs)), None
+
+    return jax.lax.scan(body, zeros, (micro, keys))[0]
+
+
 def make_train_step(
     apply: Callable,
     objective: Objective,
@@ -120,24 +137,10 @@ def make_train_step(
         (value, metrics), grads = jax.value_and_grad(loss, has_aux=True)(train)
         return jax.tree.map(lambda g: g.astype(jnp.float32), grads), value, metrics
 
-    def accumulated(params, batch, key):
-        if accumulate == 1:
-            return gradient(params, batch, key)
-        # Rows i, i+A, i+2A... form microbatch i: every device keeps the rows it holds.
-        cut = lambda x: x.reshape(-1, accumulate, *x.shape[1:]).swapaxes(0, 1)  # noqa: E731
-        micro = jax.tree.map(cut, batch)
-        keys = jax.random.split(key, accumulate)
-        shapes = jax.eval_shape(gradient, params, jax.tree.map(lambda x: x[0], micro), keys[0])
-        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-
-        def body(total, xs):
-            return jax.tree.map(jnp.add, total, gradient(params, *xs)), None
-
-        return jax.lax.scan(body, zeros, (micro, keys))[0]
-
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict]:
         key = jax.random.fold_in(jax.random.key(seed), state.step)
-        grads, loss, metrics = accumulated(state.params, batch, key)
+        grad = functools.partial(gradient, state.params)
+        grads, loss, metrics = in_microbatches(grad, accumulate, batch, key)
         weight = metrics["loss"][1]
         grads = jax.tree.map(lambda g: g / jnp.where(weight > 0, weight, 1), grads)
         norm = optax.tree.norm(grads)
