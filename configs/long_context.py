@@ -8,6 +8,7 @@ from models.decoder import DecoderConfig
 from sharding.context import ContextConfig
 from sharding.mesh import MeshShape
 from train.data.text import Text
+from train.evaluate import HeldOut
 from train.objectives import NextToken
 from train.optimizer import Optimizer
 from train.run import Run
@@ -21,6 +22,7 @@ def run() -> Run:
             context=ContextConfig("upipe"), mlp_tiles=4, remat="attn_y",
         ),
         objective=NextToken(tiles=8),
+        evaluators=(HeldOut(batches=1),),
         source=Text(seq_len=32_768),
         optimizer=Optimizer(warmup=5),
         mesh=MeshShape(data=1, context=-1),

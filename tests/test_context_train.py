@@ -109,7 +109,7 @@ def test_what_cannot_work_is_said_before_compiling(context, mesh, model, source,
 )
 def test_rows_of_32k_tokens_learn_as_on_one_device(way, tmp_path):
     """The preset: 8 shards of 4096 tokens, documents packed; losses over the steps to 1e-4."""
-    preset = dataclasses.replace(long_context.run(), steps=3, save_every=0)
+    preset = dataclasses.replace(long_context.run(), steps=3, save_every=0, evaluators=())
     whole = fit(changed(preset, mlp_tiles=1), tmp_path / "whole")[0]
     sharded = fit(changed(preset, *way), tmp_path / "sharded")[0]
     np.testing.assert_allclose(sharded, whole, rtol=1e-4)
