@@ -140,8 +140,8 @@ def main() -> None:
             record |= {"jax": jax.__version__, "date": str(datetime.date.today())}
             file.write_text(json.dumps(record, indent=1) + "\n")
             print(json.dumps(record["rows"][-1]), flush=True)
-            text = table(record["rows"], f"{title}, {record['date']}, JAX {record['jax']}")
-            file.with_suffix(".md").write_text(text)
+    text = table(record["rows"], f"{title}, {record['date']}, JAX {record['jax']}")
+    file.with_suffix(".md").write_text(text)
     plot(record["rows"], title, file.with_suffix(".png"))
 
 

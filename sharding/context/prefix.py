@@ -80,6 +80,8 @@ def halo_exchange(
         raise ValueError(f"width={width} must be between 0 and the {length} entries a shard has")
     n = jax.lax.axis_size(axis_name)
     x = vary_like(x, x, jax.lax.axis_index(axis_name))
+    if not width:
+        return x
     last = jax.lax.slice_in_dim(x, length - width, length, axis=axis)
     moved = jax.lax.ppermute(last, axis_name, [(i, i + 1) for i in range(n - 1)])
     return jnp.concatenate([moved, x], axis)
