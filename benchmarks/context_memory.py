@@ -115,6 +115,9 @@ def plot(rows: list[dict], title: str, file: Path) -> None:
         points = [(t, b / GIB) for t, b in mine if b]
         axes.plot(*zip(*points, strict=True), "o-", label=method) if points else None
     axes.set(xscale="log", yscale="log", xlabel="tokens", ylabel="temporaries, GiB", title=title)
+    lengths = sorted({r["tokens"] for r in rows})
+    axes.set_xticks(lengths, [f"{n // 1024}k" for n in lengths])
+    axes.set_xticks([], minor=True)
     axes.legend()
     figure.savefig(file, dpi=120, bbox_inches="tight")
 

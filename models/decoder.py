@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int
 from jaxlab.rope import LinearScaling, Llama3Scaling, YarnScaling, rope_frequencies
 from models.layers import ATTENTION, MIXERS, MLP, RMSNorm, weight
 from sharding.context import ContextConfig, check_context, zigzag_permutation
-from sharding.context.checks import TWO_LEVEL
+from sharding.context.checks import TWO_LEVEL, check_names
 from sharding.rules import constrain
 
 # What a block keeps for the backward pass; `None` recomputes everything. 'attn_y' alone lets what is
@@ -110,13 +110,16 @@ class DecoderConfig:
         c, sizes = self.context, mesh_sizes
         ring, context = sizes.get("ring", 1), sizes.get("context", 1)
         try:
+            check_names(c.method, c.layout, c.core, c.stage_policy)
             check_context(
                 sizes, method=c.method, num_heads=self.heads, num_kv_heads=self.kv_heads,
                 seq_len=length, batch=sizes.get("data", 1) * sizes.get("fsdp", 1),
                 heads_per_stage=c.heads_per_stage, layout=c.layout,
             )  # fmt: skip
         except ValueError as error:
-            raise ValueError(f"model.context: {error}") from error
+            of_field = str(error).partition("=")[0] in vars(c)
+            where = "" if of_field else f"method={c.method!r}: "
+            raise ValueError(f"model.context.{where}{error}") from error
         if length % (self.mlp_tiles * ring * context):
             raise ValueError(
                 f"model.mlp_tiles={self.mlp_tiles} must divide the {length // (ring * context)} "
