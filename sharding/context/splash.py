@@ -64,15 +64,15 @@ def splash_attention(
 _PACKAGE = "jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_"
 
 
-@functools.lru_cache(maxsize=16)
 def _kernel(rule: Rule, length: int, interpret: bool):
-    """The kernel for one key/value head; cached, as its tables take a second at a million tokens."""
+    """The kernel for one key/value head."""
     lib = importlib.import_module(_PACKAGE + "kernel")
     info = importlib.import_module(_PACKAGE + "mask_info").MaskInfo
     block = _block(length)
     assert block
-    kinds = block_kinds(rule, length, block)
     masked = rule.causal or rule.window is not None
+    # Computed by the program: as a constant it would be megabytes of its text.
+    places = jnp.arange(length, dtype=jnp.int32) if masked else None
 
     def allowed(i, j):
         """Of the positions of queries and keys."""
@@ -81,27 +81,32 @@ def _kernel(rule: Rule, length: int, interpret: bool):
             tests += [i - j < rule.window, j - i < rule.window]
         return functools.reduce(jnp.logical_and, tests)
 
-    def tables(by_keys: bool):
-        small = np.int8 if len(kinds) < 128 else np.int16
-        return info(
-            data_next=next_blocks(kinds, by_keys).astype(small)[None],
-            mask_next=None,
-            block_mask=kinds.astype(np.int8)[None],
-            partial_mask_blocks=None,
-            q_sequence=np.arange(length, dtype=np.int32) if masked else None,
-        )
-
+    by_queries, by_keys = (
+        info(following[None], None, kinds[None], None, places)
+        for kinds, following in _tables(rule, length, block)
+    )
     sizes = lib.BlockSizes(
         block_q=block, block_kv=block, block_q_dq=block, block_kv_dq=block, block_q_dkv=block,
         block_kv_dkv=block,
     )  # fmt: skip
     return lib.SplashAttentionKernel(
-        tables(False), tables(False), tables(True),
+        by_queries, by_queries, by_keys,
         block_sizes=sizes, is_mqa=True, save_residuals=False,
         mask_value=lib.DEFAULT_MASK_VALUE, attn_logits_soft_cap=rule.softcap,
         residual_checkpoint_name="attn_out", mask_function=allowed if masked else None,
         interpret=interpret,
     )  # fmt: skip
+
+
+@functools.lru_cache(maxsize=16)
+def _tables(rule: Rule, length: int, block: int) -> tuple[tuple[np.ndarray, np.ndarray], ...]:
+    """Kinds of blocks and the blocks to fetch, walked by queries and by keys, in small types."""
+    kinds = block_kinds(rule, length, block)
+    small = np.int8 if len(kinds) < 128 else np.int16
+    return tuple(
+        (kinds.astype(np.int8), next_blocks(kinds, by_keys).astype(small))
+        for by_keys in (False, True)
+    )
 
 
 def block_kinds(rule: Rule, length: int, block: int) -> np.ndarray:
