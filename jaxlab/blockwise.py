@@ -49,13 +49,18 @@ def attend_in_blocks(
     block_k: int,
 ) -> tuple[Float[Array, "b t h kv"], Float[Array, "b t h"]]:
     """(out, lse) of checked arguments; blocks have at most block_q queries and block_k keys."""
-    t, s = q.shape[1], k.shape[1]
-    plan = Plan(
-        rule, t, s, even_block(t, block_q), even_block(s, block_k), mask.q_positions is None
-    )
+    plan = plan_blocks(rule, q, k, mask, block_q, block_k)
     # One type for all under shard_map: a custom gradient must have the type of its input.
     q, k, v, mask = jax.tree.map(lambda x: vary_like(x, q, k, v, mask), (q, k, v, mask))
     return _attend(plan, q, k, v, mask)
+
+
+def plan_blocks(rule: Rule, q, k, mask: Mask, block_q: int, block_k: int) -> Plan:
+    """The plan of `forward_in_blocks` and `backward_in_blocks` for q [b, t, h, k], k [b, s, hk, k]."""
+    t, s = q.shape[1], k.shape[1]
+    return Plan(
+        rule, t, s, even_block(t, block_q), even_block(s, block_k), mask.q_positions is None
+    )
 
 
 def default_block(rows: int) -> int:
@@ -72,35 +77,42 @@ def even_block(length: int, block: int) -> int:
     return min(length, block, -(-length // (8 * n)) * 8)
 
 
-def _cut(x: jax.Array, pattern: str, block: int, mode: str = "constant", **sizes) -> jax.Array:
-    """Pads axis 1 to whole blocks and rearranges, n standing for their number."""
-    x = jnp.pad(x, [(0, 0), (0, -x.shape[1] % block)] + [(0, 0)] * (x.ndim - 2), mode)
-    return rearrange(x, pattern, t=block, **sizes)
+def _pad(x: jax.Array, block: int, mode: str = "constant") -> jax.Array:
+    """Axis 1 in whole blocks."""
+    return jnp.pad(x, [(0, 0), (0, -x.shape[1] % block)] + [(0, 0)] * (x.ndim - 2), mode)
 
 
-def _cut_queries(plan: Plan, x: jax.Array, kv_heads: int) -> jax.Array:
+def _at(x: jax.Array, i, block: int) -> jax.Array:
+    """Block i of axis 1. Whole arrays are never transposed: that would be a copy of each."""
+    return jax.lax.dynamic_slice_in_dim(x, i * block, block, 1)
+
+
+def _put(x: jax.Array, i, part: jax.Array) -> jax.Array:
+    """`x` with block i of axis 1 replaced."""
+    return jax.lax.dynamic_update_slice_in_dim(x, part.astype(x.dtype), i * part.shape[1], 1)
+
+
+def _grouped(x: jax.Array, kv_heads: int) -> jax.Array:
     tail = "k" if x.ndim == 4 else ""
-    pattern = f"b (n t) (h g) {tail} -> n b h g t {tail}"
-    return _cut(x, pattern, plan.block_q, h=kv_heads)
+    return rearrange(x, f"b t (h g) {tail} -> b h g t {tail}", h=kv_heads)
 
 
-def _cut_keys(plan: Plan, x: jax.Array) -> jax.Array:
-    return _cut(x, "b (n t) h k -> n b h t k", plan.block_k)
+def _flat(x: jax.Array) -> jax.Array:
+    tail = "k" if x.ndim == 5 else ""
+    return rearrange(x, f"b h g t {tail} -> b t (h g) {tail}")
 
 
-def _join_queries(x: jax.Array, length: int) -> jax.Array:
-    tail = "k" if x.ndim == 6 else ""
-    return rearrange(x, f"n b h g t {tail} -> b (n t) (h g) {tail}")[:, :length]
-
-
-def _join_keys(x: jax.Array, length: int) -> jax.Array:
-    return rearrange(x, "n b h t k -> b (n t) h k")[:, :length]
+def _keys(x: jax.Array, j, block: int) -> jax.Array:
+    return rearrange(_at(x, j, block), "b t h k -> b h t k")
 
 
 def _cut_mask(plan: Plan, mask: Mask) -> Mask:
     """Blocks [n, b, block] of positions and segments, padded so that no more pairs are allowed."""
     sizes = (plan.block_q, plan.block_k, plan.block_q, plan.block_k)
-    cut = lambda x, block: None if x is None else _cut(x, "b (n t) -> n b t", block, "edge")  # noqa: E731
+
+    def cut(x, block):
+        return None if x is None else rearrange(_pad(x, block, "edge"), "b (n t) -> n b t", t=block)
+
     return Mask(*map(cut, mask, sizes))
 
 
@@ -184,28 +196,50 @@ def _attend(plan: Plan, q, k, v, mask: Mask):
 
 
 def _forward(plan: Plan, q, k, v, mask: Mask):
+    out, lse = forward_in_blocks(plan, q, k, v, mask)
+    out, lse = checkpoint_name(out, "attn_out"), checkpoint_name(lse, "attn_lse")
+    return (out, lse), (q, k, v, mask, out, lse)
+
+
+def _backward(plan: Plan, saved, cotangents):
+    q, k, v, mask, *_ = saved
+    # Narrow types leave the loop, so that no whole dk or dv exists in the wide one.
+    dq, dk, dv = backward_in_blocks(plan, *saved, *cotangents, dtypes=(k.dtype, v.dtype))
+    nothing = jax.tree.map(lambda x: np.zeros(x.shape, jax.dtypes.float0), mask)
+    return dq.astype(q.dtype), dk, dv, nothing
+
+
+_attend.defvjp(_forward, _backward)
+
+
+def forward_in_blocks(
+    plan: Plan, q, k, v, mask: Mask
+) -> tuple[Float[Array, "b t h kv"], Float[Array, "b t h"]]:
+    """(out, lse), not differentiable: `attend_in_blocks` is."""
     hk, wide = k.shape[2], wide_type(q)
     cut = _cut_mask(plan, mask)
     visible = _visible(plan, cut)
-    qs, ks, vs = _cut_queries(plan, q, hk), _cut_keys(plan, k), _cut_keys(plan, v)
+    ks, vs = _pad(k, plan.block_k), _pad(v, plan.block_k)
+    qs = _pad(q, plan.block_q)
 
-    def one(args):
-        i, qi = args
+    def one(done, i):
+        qi = _grouped(_at(qs, i, plan.block_q), hk)
 
         def body(j, carry):
             allowed = _allowed(plan, cut, i, j)
 
             def step():
                 acc, top, total = carry
-                z = logits(plan.rule, qi, ks[j])
+                z = logits(plan.rule, qi, _keys(ks, j, plan.block_k))
                 if allowed is not None:
                     z = jnp.where(allowed, z, -jnp.inf)
                 new = jnp.maximum(top, jnp.max(z, -1))
                 safe = jnp.where(new > -jnp.inf, new, 0)
                 p = jnp.exp(z - safe[..., None])
                 fade = jnp.exp(top - safe)
+                vj = _keys(vs, j, plan.block_k)
                 part = jnp.einsum(
-                    "bhgts,bhsk->bhgtk", p.astype(v.dtype), vs[j], preferred_element_type=wide
+                    "bhgts,bhsk->bhgtk", p.astype(v.dtype), vj, preferred_element_type=wide
                 )
                 return acc * fade[..., None] + part, new, total * fade + jnp.sum(p, -1)
 
@@ -221,67 +255,76 @@ def _forward(plan: Plan, q, k, v, mask: Mask):
         acc, top, total = loop_at_most(plan.n_k, *key_blocks(plan, i), body, start)
         some = jnp.where(total > 0, total, 1)
         lse = jnp.where(total > 0, top + jnp.log(some), -jnp.inf)
-        return (acc / some[..., None]).astype(q.dtype), lse
+        parts = _flat(acc / some[..., None]), _flat(lse)
+        return jax.tree.map(lambda x, part: _put(x, i, part), done, parts), None
 
-    out, lse = jax.lax.map(one, (jnp.arange(plan.n_q), qs))
-    out = checkpoint_name(_join_queries(out, plan.t), "attn_out")
-    lse = checkpoint_name(_join_queries(lse, plan.t), "attn_lse")
-    return (out, lse), (q, k, v, mask, out, lse)
+    rows = qs.shape[:3]
+    # Every block is written: what is there before does not matter.
+    start = qs if k.shape == v.shape else _zeros(q, (*rows, v.shape[-1]), q.dtype)
+    start = start, _zeros(q, rows, wide)
+    (out, lse), _ = jax.lax.scan(one, start, jnp.arange(plan.n_q))
+    return out[:, : plan.t], lse[:, : plan.t]
 
 
-def _backward(plan: Plan, saved, cotangents):
-    q, k, v, mask, out, lse = saved
-    dout, dlse = cotangents
+def backward_in_blocks(
+    plan: Plan, q, k, v, mask: Mask, out, lse, dout, dlse, *, dtypes=(None, None)
+) -> tuple[Float[Array, "b t h k"], Float[Array, "b s hk k"], Float[Array, "b s hk kv"]]:
+    """Gradients (dq, dk, dv) in the wide type, the latter two in `dtypes` where given.
+
+    `out` and `lse` may be those of attention to more keys than `k`: the result is then the part of
+    the gradients that these keys have, which is what attention in several places adds up.
+    """
     hk, wide, softcap = k.shape[2], wide_type(q), plan.rule.softcap
+    of_k, of_v = (wide if dtype is None else dtype for dtype in dtypes)
     cut = _cut_mask(plan, mask)
     visible = _visible(plan, cut)
     # d lse / d logit = p, d out / d logit = p (v - out): both gradients in one row sum.
     delta = jnp.sum(dout.astype(wide) * out.astype(wide), -1)
     delta -= jnp.where(lse > -jnp.inf, dlse, 0)
-    qs, dos, lses, deltas = (_cut_queries(plan, x, hk) for x in (q, dout, lse, delta))
+    rows = [_pad(x, plan.block_q) for x in (q, dout, lse, delta)]
+    ks, vs = _pad(k, plan.block_k), _pad(v, plan.block_k)
 
-    def one(dq, args):
-        j, kj, vj = args
+    def one(carry, j):
+        dq, *done = carry
+        kj, vj = (_keys(x, j, plan.block_k) for x in (ks, vs))
 
         def body(i, carry):
             dq, dk, dv = carry
             allowed = _allowed(plan, cut, i, j)
 
             def step():
-                z = logits(plan.rule, qs[i], kj)
-                p = jnp.exp(z - lses[i][..., None])
+                qi, doi, lsei, deltai = (_grouped(_at(x, i, plan.block_q), hk) for x in rows)
+                z = logits(plan.rule, qi, kj)
+                p = jnp.exp(z - lsei[..., None])
                 # Also where a row sees nothing: its lse is -inf and the exponential inf.
                 if allowed is not None:
                     p = jnp.where(allowed, p, 0)
-                dp = jnp.einsum("bhgtk,bhsk->bhgts", dos[i], vj, preferred_element_type=wide)
-                dz = p * (dp - deltas[i][..., None]) * plan.rule.scale
+                dp = jnp.einsum("bhgtk,bhsk->bhgts", doi, vj, preferred_element_type=wide)
+                dz = p * (dp - deltai[..., None]) * plan.rule.scale
                 if softcap is not None:
                     dz *= 1 - jnp.square(z / softcap)
                 dz, p = dz.astype(q.dtype), p.astype(dout.dtype)
                 return (
-                    jnp.einsum("bhgts,bhsk->bhgtk", dz, kj, preferred_element_type=wide),
-                    dk + jnp.einsum("bhgtk,bhgts->bhks", qs[i], dz, preferred_element_type=wide),
-                    dv + jnp.einsum("bhgtk,bhgts->bhks", dos[i], p, preferred_element_type=wide),
+                    _flat(jnp.einsum("bhgts,bhsk->bhgtk", dz, kj, preferred_element_type=wide)),
+                    dk + jnp.einsum("bhgtk,bhgts->bhks", qi, dz, preferred_element_type=wide),
+                    dv + jnp.einsum("bhgtk,bhgts->bhks", doi, p, preferred_element_type=wide),
                 )
 
-            idle = lambda: (jnp.zeros_like(dq[i]), dk, dv)  # noqa: E731
-            dqi, dk, dv = _where_visible(visible, i, j, step, idle)
-            return dq.at[i].add(dqi), dk, dv
+            old = _at(dq, i, plan.block_q)
+            dqi, dk, dv = _where_visible(visible, i, j, step, lambda: (old * 0, dk, dv))
+            return _put(dq, i, old + dqi), dk, dv
 
         # Gradients of keys as [k, s]: the large factor, [t, s], is then never transposed.
-        start = (dq, _zeros(kj.mT, wide), _zeros(vj.mT, wide))
-        dq, dk, dv = loop_at_most(plan.n_q, *query_blocks(plan, j), body, start)
-        return dq, (dk.mT.astype(k.dtype), dv.mT.astype(v.dtype))
+        start = (dq, *(_zeros(x, x.mT.shape, wide) for x in (kj, vj)))
+        dq, *parts = loop_at_most(plan.n_q, *query_blocks(plan, j), body, start)
+        parts = [rearrange(x, "b h k t -> b t h k") for x in parts]
+        return (dq, *map(lambda x, part: _put(x, j, part), done, parts)), None
 
-    blocks = (jnp.arange(plan.n_k), _cut_keys(plan, k), _cut_keys(plan, v))
-    dq, (dk, dv) = jax.lax.scan(one, _zeros(qs, wide), blocks)
-    dq = _join_queries(dq, plan.t).astype(q.dtype)
-    dk, dv = _join_keys(dk, plan.s), _join_keys(dv, plan.s)
-    return dq, dk, dv, jax.tree.map(lambda x: np.zeros(x.shape, jax.dtypes.float0), mask)
-
-
-def _zeros(x: jax.Array, dtype) -> jax.Array:
-    return vary_like(jnp.zeros(x.shape, dtype), x)
+    start = (_zeros(q, rows[0].shape, wide), ks.astype(of_k), vs.astype(of_v))
+    (dq, dk, dv), _ = jax.lax.scan(one, start, jnp.arange(plan.n_k))
+    return dq[:, : plan.t], dk[:, : plan.s], dv[:, : plan.s]
 
 
-_attend.defvjp(_forward, _backward)
+def _zeros(ref: jax.Array, shape: tuple[int, ...], dtype) -> jax.Array:
+    """Of the type of `ref` inside shard_map."""
+    return vary_like(jnp.zeros(shape, dtype), ref)

@@ -7,17 +7,29 @@ from typing import Annotated, Any, Literal
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from jaxlab.rope import LinearScaling, Llama3Scaling, YarnScaling, rope_frequencies
 from models.layers import ATTENTION, MIXERS, MLP, RMSNorm, weight
+from sharding.context import ContextConfig, check_context, zigzag_permutation
+from sharding.context.checks import TWO_LEVEL, check_names
 from sharding.rules import constrain
 
-# What a block keeps for the backward pass; `None` recomputes everything.
+# What a block keeps for the backward pass; `None` recomputes everything. 'attn_y' alone lets what is
+# recomputed skip attention; 'offload' keeps it, and the block's input, in the host's memory.
 REMAT: dict[str, Callable | None] = {
     "full": None,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "attention": jax.checkpoint_policies.save_only_these_names("attn_out", "attn_lse"),
+    "attn_y": jax.checkpoint_policies.save_only_these_names("attn_y"),
+    "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[],
+        names_which_can_be_offloaded=["blk_in", "attn_y"],
+        offload_src="device",
+        offload_dst="pinned_host",
+    ),
 }
 
 
@@ -36,6 +48,8 @@ class DecoderConfig:
     attention: Annotated[Literal["dense", "blockwise"], "how softmax attention is computed"] = (
         "dense"
     )
+    context: ContextConfig = ContextConfig()
+    mlp_tiles: Annotated[int, "sequence tiles of the MLP; more tiles, less memory"] = 1
     qk_norm: Annotated[bool, "RMSNorm on queries and keys (Qwen 3)"] = False
     tied: Annotated[bool, "share the input and output embedding"] = False
     rope_theta: Annotated[float, "base of the rotary frequencies"] = 10_000.0
@@ -43,9 +57,9 @@ class DecoderConfig:
         LinearScaling | Llama3Scaling | YarnScaling | None, "how positions are stretched"
     ] = None
     norm_eps: Annotated[float, "epsilon of RMSNorm"] = 1e-6
-    remat: Annotated[Literal["none", "full", "dots", "attention"], "what the backward keeps"] = (
-        "none"
-    )
+    remat: Annotated[
+        Literal["none", "full", "dots", "attention", "attn_y", "offload"], "what the backward keeps"
+    ] = "none"
     dtype: Annotated[Literal["auto", "float32", "bfloat16"], "compute type; auto: f32 on CPU"] = (
         "auto"
     )
@@ -53,7 +67,8 @@ class DecoderConfig:
 
     def check(self, mesh_sizes: dict[str, int]) -> None:
         """ValueError for shapes that cannot be built, naming the field and what is allowed."""
-        for name in ("vocab", "layers", "d_model", "heads", "kv_heads", "head_dim", "mlp"):
+        sizes = "vocab layers d_model heads kv_heads head_dim mlp mlp_tiles"
+        for name in sizes.split():
             if getattr(self, name) < 1:
                 raise ValueError(f"model.{name}={getattr(self, name)} must be at least 1")
         if not 1 < self.rope_theta < float("inf"):
@@ -87,6 +102,34 @@ class DecoderConfig:
                     f"use mesh.tensor in {legal}"
                 )
 
+    def order(self, mesh_sizes: dict[str, int], length: int) -> np.ndarray | None:
+        """The natural index of the token that goes to each place of a row; None: natural order.
+
+        ValueError for a method, or tiles, that `length` tokens on this mesh cannot have.
+        """
+        c, sizes = self.context, mesh_sizes
+        ring, context = sizes.get("ring", 1), sizes.get("context", 1)
+        try:
+            check_names(c.method, c.layout, c.core, c.stage_policy)
+            check_context(
+                sizes, method=c.method, num_heads=self.heads, num_kv_heads=self.kv_heads,
+                seq_len=length, batch=sizes.get("data", 1) * sizes.get("fsdp", 1),
+                heads_per_stage=c.heads_per_stage, layout=c.layout,
+            )  # fmt: skip
+        except ValueError as error:
+            of_field = str(error).partition("=")[0] in vars(c)
+            where = "" if of_field else f"method={c.method!r}: "
+            raise ValueError(f"model.context.{where}{error}") from error
+        if length % (self.mlp_tiles * ring * context):
+            raise ValueError(
+                f"model.mlp_tiles={self.mlp_tiles} must divide the {length // (ring * context)} "
+                f"tokens of a device (source.seq_len={length} over mesh.ring={ring} * "
+                f"mesh.context={context})"
+            )
+        if c.layout == "contiguous":
+            return None
+        return zigzag_permutation(length, ring if c.method in TWO_LEVEL else context)
+
     def inputs(self, batch: dict[str, jax.ShapeDtypeStruct]) -> tuple[jax.ShapeDtypeStruct, ...]:
         """What `init` is traced with, one row of a batch of this kind."""
         tokens = batch["tokens"]
@@ -111,12 +154,13 @@ class Block(nn.Module):
         norm = lambda name: RMSNorm(c.norm_eps, c.param_dtype, name=name)  # noqa: E731
         states = list(states)
         for i, mixer in enumerate(c.pattern):
-            x = constrain(x, "batch", "length", "act_embed")
+            x = checkpoint_name(constrain(x, "batch", "length", "act_embed"), "blk_in")
             mix = MIXERS[mixer](c, name=f"mixer_{i}")
             y = norm(f"mixer_norm_{i}")(x)
             y, states[i] = mix(y, positions, segment_ids, inv_freq, states[i])
             x = x + y
-            x = x + MLP(c, name=f"mlp_{i}")(norm(f"mlp_norm_{i}")(x))
+            tiles = c.mlp_tiles if states[i] is None else 1
+            x = x + MLP(c, name=f"mlp_{i}")(norm(f"mlp_norm_{i}")(x), tiles)
         return x, tuple(states)
 
 
@@ -168,7 +212,11 @@ class Decoder(nn.Module):
         positions: Int[Array, "b t"] | None = None,
         segment_ids: Int[Array, "b t"] | None = None,
     ) -> Float[Array, "b t d"]:
-        """Final normalised activations, in the compute type."""
+        """Final normalised activations, in the compute type.
+
+        With `config.context.layout` 'zigzag' tokens come in the order of `DecoderConfig.order`, and
+        positions must be given.
+        """
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
         nothing = (None,) * len(self.config.pattern)

@@ -10,18 +10,23 @@ state the t tokens, many (prefill) or one (a step), follow those that the state 
 is padding, which leaves no trace in it.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from jaxlab.attention import apply_rope, blockwise_attention, dense_attention
 from jaxlab.lora import lora_delta, lora_product
+from jaxlab.norm import rms_norm
 from jaxlab.rope import rope_factor
+from jaxlab.tiled import tiled_mlp
 from models.cache import NOWHERE, KVCache
+from sharding.context import attention_layer
 from sharding.rules import constrain
 
 ATTENTION: dict[str, Callable] = {"dense": dense_attention, "blockwise": blockwise_attention}
@@ -66,18 +71,19 @@ def _declare(module: nn.Module, name, shape, axes, std, dtype) -> jax.Array:
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * scale over the last axis, computed in float32 (Zhang and Sennrich, 2019)."""
+    """`rms_norm` with a learnt scale."""
 
     eps: float = 1e-6
     param_dtype: str = "float32"
 
     @nn.compact
-    def __call__(self, x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
+    def gain(self, width: int) -> Float[Array, "d"]:
+        """The scale itself, for those who normalise elsewhere."""
         init = nn.with_logical_partitioning(nn.initializers.ones_init(), ("norm",))
-        scale = jnp.asarray(self.param("scale", init, (x.shape[-1],), self.param_dtype))
-        wide = x.astype(jnp.float32)
-        wide = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), -1, keepdims=True) + self.eps)
-        return (wide * scale.astype(jnp.float32)).astype(x.dtype)
+        return jnp.asarray(self.param("scale", init, (width,), self.param_dtype))
+
+    def __call__(self, x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
+        return rms_norm(x, self.gain(x.shape[-1]), self.eps)
 
 
 class Attention(nn.Module):
@@ -101,17 +107,36 @@ class Attention(nn.Module):
     ) -> tuple[Float[Array, "b t d"], KVCache | None]:
         c = self.config
         d, h, hk, k = c.d_model, c.heads, c.kv_heads, c.head_dim
-        std = d**-0.5
-        wq = linear(self, "wq", (d, h, k), ("embed", "heads", "head_dim"), std, c.param_dtype)
-        wk = linear(self, "wk", (d, hk, k), ("embed", "kv_heads", "head_dim"), std, c.param_dtype)
-        wv = linear(self, "wv", (d, hk, k), ("embed", "kv_heads", "head_dim"), std, c.param_dtype)
-        std = (h * k * 2 * c.layers) ** -0.5
-        wo = linear(self, "wo", (h, k, d), ("heads", "head_dim", "embed"), std, c.param_dtype, 2)
-        q, key, v = wq(x), wk(x), wv(x)
+        std, out_std = d**-0.5, (h * k * 2 * c.layers) ** -0.5
+        declared = {
+            "wq": ((d, h, k), ("embed", "heads", "head_dim"), std, c.param_dtype),
+            "wk": ((d, hk, k), ("embed", "kv_heads", "head_dim"), std, c.param_dtype),
+            "wv": ((d, hk, k), ("embed", "kv_heads", "head_dim"), std, c.param_dtype),
+            "wo": ((h, k, d), ("heads", "head_dim", "embed"), out_std, c.param_dtype),
+        }
+        q_norm = k_norm = None
         if c.qk_norm:
-            q = RMSNorm(c.norm_eps, c.param_dtype, name="q_norm")(q)
-            key = RMSNorm(c.norm_eps, c.param_dtype, name="k_norm")(key)
+            q_norm, k_norm = (
+                RMSNorm(c.norm_eps, c.param_dtype, name=name).gain(k)
+                for name in ("q_norm", "k_norm")
+            )
         factor = rope_factor(c.rope_scaling)
+        # Parameters are born without a mesh; decoding looks at a cache that is whole.
+        if state is None and c.context.method != "none" and not self.is_initializing():
+            weights = [weight(self, name, *rest) for name, rest in declared.items()]
+            y = attention_layer(
+                x, *weights, positions=positions, segment_ids=segment_ids, inv_freq=inv_freq,
+                rope_factor=factor, q_norm=q_norm, k_norm=k_norm, norm_eps=c.norm_eps,
+                **dataclasses.asdict(c.context),
+            )  # fmt: skip
+            return y, None
+        wq, wk, wv, wo = (
+            linear(self, name, *rest, inputs=2 if name == "wo" else 1)
+            for name, rest in declared.items()
+        )
+        q, key, v = wq(x), wk(x), wv(x)
+        q = q if q_norm is None else rms_norm(q, q_norm, c.norm_eps)
+        key = key if k_norm is None else rms_norm(key, k_norm, c.norm_eps)
         q = apply_rope(q, positions, inv_freq, factor)
         key = apply_rope(key, positions, inv_freq, factor)
         q = constrain(q, "batch", "length", "act_heads", None)
@@ -121,7 +146,7 @@ class Attention(nn.Module):
             seen = positions if segment_ids is None else jnp.where(segment_ids, positions, NOWHERE)
             state = state.append(key, v, seen)
             out = state.attend(ATTENTION[c.attention], q, positions)
-        return wo(out), state
+        return checkpoint_name(wo(out), "attn_y"), state
 
 
 class MLP(nn.Module):
@@ -130,15 +155,19 @@ class MLP(nn.Module):
     config: Any
 
     @nn.compact
-    def __call__(self, x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
+    def __call__(self, x: Float[Array, "b t d"], tiles: int = 1) -> Float[Array, "b t d"]:
         c = self.config
         d, f = c.d_model, c.mlp
         gate = linear(self, "w_gate", (d, f), ("embed", "mlp"), d**-0.5, c.param_dtype)
         up = linear(self, "w_up", (d, f), ("embed", "mlp"), d**-0.5, c.param_dtype)
         std = (f * 2 * c.layers) ** -0.5
         down = linear(self, "w_down", (f, d), ("mlp", "embed"), std, c.param_dtype)
-        hidden = jax.nn.silu(gate(x)) * up(x)
-        return down(constrain(hidden, "batch", "length", "act_mlp"))
+
+        def mlp(x):
+            hidden = jax.nn.silu(gate(x)) * up(x)
+            return down(constrain(hidden, "batch", "length", "act_mlp"))
+
+        return mlp(x) if tiles == 1 else tiled_mlp(mlp, x, n_tiles=tiles)
 
 
 MIXERS: dict[str, Any] = {"attention": Attention}

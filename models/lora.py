@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxlab.lora import (
     Sides,
@@ -67,10 +68,7 @@ class Lora:
 
     def check(self, mesh_sizes: dict[str, int]) -> None:
         """ValueError for what cannot be built, naming the field and what is allowed."""
-        try:
-            self.base.check(mesh_sizes)
-        except ValueError as error:
-            raise ValueError(str(error).replace("model.", "model.base.")) from None
+        self._of_base(self.base.check, mesh_sizes)
         if self.rank < 1:
             raise ValueError(f"model.rank={self.rank} must be at least 1")
         if not self.alpha > 0:
@@ -79,6 +77,17 @@ class Lora:
             re.compile(self.targets)
         except re.error as error:
             raise ValueError(f"model.targets={self.targets!r}: {error}") from error
+
+    def order(self, mesh_sizes: dict[str, int], length: int) -> np.ndarray | None:
+        """As the base's."""
+        return self._of_base(self.base.order, mesh_sizes, length)
+
+    def _of_base(self, call, *args) -> Any:
+        """`call(*args)`, fields named as they are here in its errors."""
+        try:
+            return call(*args)
+        except ValueError as error:
+            raise ValueError(str(error).replace("model.", "model.base.")) from None
 
     def inputs(self, batch: dict[str, jax.ShapeDtypeStruct]) -> tuple[jax.ShapeDtypeStruct, ...]:
         """As the base's."""

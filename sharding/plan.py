@@ -9,17 +9,29 @@ from typing import Any, NamedTuple
 import jax
 from jax.extend import core
 
+from sharding.costs import (
+    CommModel,
+    MemoryModel,
+    choose_heads_per_stage,
+    comm_model,
+    memory_model,
+)
 from sharding.flops import array_of, jaxpr_flops, live, repeats, sub_jaxprs
 from sharding.hlo import Module
 from sharding.topology import Chip, parse_topology, topology_devices
 
 __all__ = [
+    "CommModel",
     "CompileReport",
+    "MemoryModel",
     "MemoryReport",
     "aot_memory",
+    "choose_heads_per_stage",
+    "comm_model",
     "compile_report",
     "count_collectives",
     "format_report",
+    "memory_model",
     "topology_devices",
 ]
 

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxlab import linear_attention as la
 from jaxlab import lora, sampling, ttt
 from jaxlab.attention import blockwise_attention, cached_attention, dense_attention
+from jaxlab.norm import rms_norm
 from jaxlab.rope import apply_rope, rope_frequencies
 from jaxlab.tiled import tiled_cross_entropy, tiled_mlp, token_log_probs
 
@@ -106,6 +107,7 @@ CASES: dict[str, Case] = {
         lambda x, p: apply_rope(x, p, jnp.asarray(rope_frequencies(8, 1e4))),
         lambda key, dtype: (*_normal(key, dtype, (2, 5, 4, 8)), jnp.array([[0, 1, 2, 0, 1]] * 2)),
     ),
+    "jaxlab.norm.rms_norm": Case(rms_norm, lambda key, dtype: _normal(key, dtype, (2, 5, 8), (8,))),
     "jaxlab.tiled.tiled_mlp": Case(
         lambda x, w: tiled_mlp(lambda part: jax.nn.silu(part @ w), x, n_tiles=3),
         lambda key, dtype: _normal(key, dtype, (2, 6, 8), (8, 4)),

@@ -15,6 +15,7 @@ import pytest
 
 from models.decoder import DecoderConfig
 from models.lora import FROZEN_BASE, Lora
+from sharding.context import ContextConfig
 from sharding.mesh import MeshShape
 from train import trainer
 from train.checkpoint import Checkpoints
@@ -47,6 +48,9 @@ SHARDINGS = {
     "all": MeshShape(data=1, fsdp=2, context=2, tensor=2),
 }
 MODELS["lora"] = Lora(base=SMALL, rank=2)
+MODELS["upipe-zigzag"] = dataclasses.replace(
+    SMALL, context=ContextConfig("upipe_ring", layout="zigzag"), remat="attn_y", mlp_tiles=2
+)
 OPTIMIZERS = (
     Optimizer(name="adamw", ema=0.9),
     Optimizer(name="muon"),

@@ -14,12 +14,13 @@ from train.state import in_microbatches
 
 @dataclasses.dataclass(frozen=True)
 class Scene:
-    """What an evaluator may use: the run, its model's apply, its mesh and this process's rows."""
+    """What an evaluator may use: the run, its model's apply, its mesh, this process's rows."""
 
     run: Any
     apply: Callable
     mesh: Mesh
     rows: tuple[int, int]
+    order: np.ndarray | None = None  # of the tokens of a row
 
 
 class Evaluator(Protocol):
@@ -60,7 +61,8 @@ class HeldOut:
         def evaluate(params, step):
             sums: dict[str, np.ndarray] = {}
             for i in range(max(total, 1)):
-                batch = global_batch(lambda r, i=i: rows.batch_at(i, r), rows.spec, scene.mesh)
+                fetch = lambda r, i=i: rows.batch_at(i, r)  # noqa: E731
+                batch = global_batch(fetch, rows.spec, scene.mesh, scene.order)
                 for name, pair in jax.device_get(metrics(params, batch)).items():
                     sums[name] = sums.get(name, 0.0) + np.asarray(pair, np.float64)
             return {f"valid/{n}": float(s / max(w, 1e-30)) for n, (s, w) in sums.items()}

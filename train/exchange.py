@@ -93,7 +93,8 @@ def import_hf(
 def _same_model(model: Any, wanted: Any) -> None:
     """ValueError when overrides changed the shape of what is in the files."""
     a, b = (m.base if isinstance(m, Lora) else m for m in (model, wanted))
-    free = ("dtype", "param_dtype", "remat", "attention", "rope_theta", "rope_scaling")
+    free = ("dtype", "param_dtype", "remat", "attention", "context", "mlp_tiles", "rope_theta",
+            "rope_scaling")  # fmt: skip
     for field in dataclasses.fields(a):
         old, new = getattr(a, field.name), getattr(b, field.name)
         if old != new and field.name not in free:

@@ -45,15 +45,31 @@ def one_part(ranges: list[tuple[int, int]], batch: int) -> tuple[int, int]:
     return (0, 0) if gaps or batch % size or start % size else (start // size, batch // size)
 
 
-def global_batch(fetch: Callable[[slice], dict[str, np.ndarray]], spec, mesh: Mesh):
-    """Assembles global arrays; `fetch(rows)` is asked once for each range held here."""
+def token_order(model: Any, spec: dict[str, jax.ShapeDtypeStruct], sizes) -> np.ndarray | None:
+    """The order in which `model` wants the tokens of a row; None: as the source has them.
+
+    ValueError when it cannot take rows of this length on a mesh of these sizes.
+    """
+    if not hasattr(model, "order"):
+        return None
+    return model.order(sizes, spec["tokens"].shape[1])
+
+
+def global_batch(fetch: Callable[[slice], dict[str, np.ndarray]], spec, mesh: Mesh, order=None):
+    """Assembles global arrays; `fetch(rows)` is asked once for each range held here.
+
+    `order` is that of `token_order`: every array with a second axis is put into it.
+    """
     cache: dict[tuple[int, int], dict[str, np.ndarray]] = {}
     placed = batch_shardings(spec, mesh)
 
     def part(name: str, index: Any) -> np.ndarray:
         start, stop, _ = index[0].indices(spec[name].shape[0])
         if (start, stop) not in cache:
-            cache[start, stop] = fetch(slice(start, stop))
+            rows = fetch(slice(start, stop))
+            if order is not None:
+                rows = {k: x[:, order] if x.ndim > 1 else x for k, x in rows.items()}
+            cache[start, stop] = rows
         return cache[start, stop][name][(slice(None), *index[1:])]
 
     return {
@@ -70,8 +86,8 @@ class Feed:
     parameters and returns global arrays.
     """
 
-    def __init__(self, source: Any, mesh: Mesh, step: int, ahead: int = 2):
-        self.source, self.mesh, self.spec = source, mesh, source.spec
+    def __init__(self, source: Any, mesh: Mesh, step: int, ahead: int = 2, order=None):
+        self.source, self.mesh, self.spec, self.order = source, mesh, source.spec, order
         self._next, self._ahead = step, ahead
         self._pool = concurrent.futures.ThreadPoolExecutor(1, "feed")
         self._queue: list[concurrent.futures.Future] = []
@@ -79,14 +95,14 @@ class Feed:
     def _make(self, step: int):
         if hasattr(self.source, "batch_at"):
             fetch = lambda rows: self.source.batch_at(step, rows)  # noqa: E731
-            return global_batch(fetch, self.spec, self.mesh), None
+            return global_batch(fetch, self.spec, self.mesh, self.order), None
         local = next(self.source)
         first = row_shard(self.mesh, self.source.batch)[0] * len(next(iter(local.values())))
 
         def held(rows: slice) -> dict[str, np.ndarray]:
             return {k: v[rows.start - first : rows.stop - first] for k, v in local.items()}
 
-        return global_batch(held, self.spec, self.mesh), self.source.get_state()
+        return global_batch(held, self.spec, self.mesh, self.order), self.source.get_state()
 
     def take(self, params: Any):
         """The batch of the next step and the state that continues after it."""

@@ -45,11 +45,14 @@ class Run:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least {least}")
         if self.seed >= 2**32:
             raise ValueError(f"seed={self.seed} must be below 2**32={2**32}")
+        from train.feed import token_order
+
         mesh = self.mesh.resolve(n_devices)
         sizes = dataclasses.asdict(mesh)
         self.optimizer.check()
         self.source.check(sizes)
         self.model.check(sizes)
+        token_order(self.model, self.source.spec(self.batch), sizes)
         self.objective.check(self.model, self.source)
         rows = mesh.data * mesh.fsdp * self.accumulate
         if self.batch % rows:
@@ -66,7 +69,7 @@ class Run:
 COMPUTED = tuple(
     f"{model}.{field}"
     for model in ("model", "model.base")
-    for field in ("dtype", "param_dtype", "remat", "attention")
+    for field in ("dtype", "param_dtype", "remat", "attention", "context", "mlp_tiles")
 )
 # Fields, or groups of fields, that may differ between a run and its resumption.
 FREE = ("mesh", "log_every", "eval_every", "save_every", "keep", "max_bad_steps", "evaluators",

@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from sharding.mesh import make_mesh
 from train.checkpoint import Checkpoints, Restored, check_space, state_bytes
 from train.evaluate import Scene
-from train.feed import Feed, abstract_batch, batch_shardings, row_shard
+from train.feed import Feed, abstract_batch, batch_shardings, row_shard, token_order
 from train.meter import Meter
 from train.metrics import Recorder
 from train.optimizer import make_optimizer, split
@@ -47,6 +47,7 @@ class Program(NamedTuple):
     warm: Callable  # jitted parameters -> state before the first step
     state: TrainState  # abstract
     batch: dict[str, jax.ShapeDtypeStruct]
+    order: np.ndarray | None  # of the tokens of a row, None: as the source has them
 
 
 class Outcome(NamedTuple):
@@ -95,7 +96,9 @@ def build(run: Run, devices=None) -> Program:
 
     init = jax.jit(born, out_shardings=placed)
     warm = jax.jit(first, donate_argnums=0, out_shardings=placed)
-    return Program(run, mesh, apply, step, init, warm, abstract, abstract_batch(spec, mesh))
+    order = token_order(run.model, spec, dict(mesh.shape))
+    batch = abstract_batch(spec, mesh)
+    return Program(run, mesh, apply, step, init, warm, abstract, batch, order)
 
 
 def restore(program: Program, checkpoints: Checkpoints, step: int | None = None) -> Restored:
@@ -141,7 +144,7 @@ def fit(
                     "a stream needs the rows of a process in one piece: use another mesh, or a "
                     "source whose batch is a function of the step (source.packing=concat)"
                 )
-            scene = Scene(run, program.apply, program.mesh, rows)
+            scene = Scene(run, program.apply, program.mesh, rows, program.order)
             evaluators = [e.make(scene) for e in run.evaluators]
         with all_or_none():
             if first:
@@ -177,7 +180,9 @@ def fit(
         else:
             out.say(f"resumed at step {start} from {checkpoints.folder}", "green")
         out.record("resume" if start else "start", start, {})
-        feed = stack.enter_context(contextlib.closing(Feed(source, program.mesh, start)))
+        feed = stack.enter_context(
+            contextlib.closing(Feed(source, program.mesh, start, order=program.order))
+        )
         meter = Meter(program)
         source_state = getattr(source, "get_state", lambda: None)()
         saved, values, code, pending = start if start else -1, {}, DONE, collections.deque()

@@ -1,0 +1,170 @@
+"""The methods of context parallelism, what each needs, and the errors when it does not have it.
+
+Source: papers' note on UPipe, section 9.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, NamedTuple
+
+from sharding.context.schedule import check_groups, check_heads, head_schedule
+from sharding.context.zigzag import check_zigzag, nearest_multiples
+from sharding.mesh import AXES
+
+METHODS = ("none", "ulysses", "upipe", "ring", "allgather", "usp", "upipe_ring")
+LAYOUTS = ("contiguous", "zigzag")
+CORES = ("auto", "dense", "blockwise", "splash", "cudnn")
+STAGE_POLICIES = ("nothing", "attn_out")
+
+# Sequence shards become head shards over 'context'; those of them that do so in stages.
+BY_HEADS = ("ulysses", "upipe", "usp", "upipe_ring")
+STAGED = ("upipe", "upipe_ring")
+# The sequence is sharded over 'ring' too, over which keys and values rotate.
+TWO_LEVEL = ("usp", "upipe_ring")
+# Each device computes some rows of the mask only, and zigzag order gives all the same work.
+BALANCED = ("ring", "allgather", *TWO_LEVEL)
+
+
+@dataclasses.dataclass(frozen=True)
+class ContextConfig:
+    """How attention works on a sharded sequence: keywords of `attention_layer`."""
+
+    method: Annotated[
+        Literal["none", "ulysses", "upipe", "ring", "allgather", "usp", "upipe_ring"],
+        "how tokens of other shards are seen; none: left to the compiler",
+    ] = "none"
+    heads_per_stage: Annotated[
+        int | None, "query heads at a time, upipe methods only; none: as few as possible"
+    ] = None
+    layout: Annotated[
+        Literal["contiguous", "zigzag"], "order of tokens over devices; zigzag balances causal work"
+    ] = "contiguous"
+    core: Annotated[
+        Literal["auto", "dense", "blockwise", "splash", "cudnn"],
+        "attention of one device; auto: by its platform",
+    ] = "auto"
+    stage_policy: Annotated[
+        Literal["nothing", "attn_out"], "what a stage of an upipe method keeps for the backward"
+    ] = "nothing"
+
+
+class Sizes(NamedTuple):
+    """Devices along each mesh axis."""
+
+    data: int = 1
+    fsdp: int = 1
+    ring: int = 1
+    context: int = 1
+    tensor: int = 1
+
+
+def mesh_sizes(mesh: Any) -> Sizes:
+    """Sizes of a mesh, of a mapping from axis names to sizes, or all 1 for None.
+
+    ValueError for an axis that is not one of `sharding.mesh.AXES`.
+    """
+    if mesh is None:
+        return Sizes()
+    sizes = dict(mesh if isinstance(mesh, Mapping) else mesh.shape)
+    if unknown := [name for name in sizes if name not in AXES]:
+        raise ValueError(f"mesh axes {unknown} are unknown; the names are {list(AXES)}")
+    return Sizes(**sizes)
+
+
+def check_names(method: str, layout: str, core: Any, stage_policy: str) -> None:
+    """ValueError for a name that there is not; `core` may be a function."""
+    for name, value, legal in (
+        ("method", method, METHODS),
+        ("layout", layout, LAYOUTS),
+        ("core", "auto" if callable(core) else core, CORES),
+        ("stage_policy", stage_policy, STAGE_POLICIES),
+    ):
+        if value not in legal:
+            more = " or a function" if name == "core" else ""
+            raise ValueError(f"{name}={value!r} must be one of {list(legal)}{more}")
+
+
+def _check_stage(method: str, heads_per_stage: int | None) -> None:
+    if heads_per_stage is not None and method not in STAGED:
+        raise ValueError(
+            f"heads_per_stage={heads_per_stage} is for the methods {list(STAGED)}, "
+            f"not {method!r}: leave it None"
+        )
+
+
+def check_context(
+    mesh: Any,
+    *,
+    method: str,
+    num_heads: int,
+    num_kv_heads: int,
+    seq_len: int,
+    batch: int = 1,
+    heads_per_stage: int | None = None,
+    layout: str = "contiguous",
+) -> None:
+    """ValueError, naming the numbers and what would work, unless `method` can run on `mesh`.
+
+    `mesh` is a Mesh, a mapping from axis names to sizes, or None: no mesh. Heads are counted whole,
+    before tensor parallelism.
+    """
+    check_names(method, layout, "auto", "nothing")
+    _check_stage(method, heads_per_stage)
+    sizes = mesh_sizes(mesh)
+    if mesh is None and method != "none":
+        raise ValueError(f"method={method!r} needs a mesh: give one, or enter jax.set_mesh(mesh)")
+    check_groups(num_heads, num_kv_heads)
+    if method != "none":
+        _check_heads(sizes, method, num_heads, num_kv_heads, heads_per_stage)
+        if method not in TWO_LEVEL and sizes.ring > 1:
+            raise ValueError(
+                f"method={method!r} uses one mesh axis for the sequence, but ring={sizes.ring} "
+                f"(context={sizes.context}): use ring=1 or a method of {list(TWO_LEVEL)}"
+            )
+    _check_lengths(sizes, method, seq_len, batch, layout)
+
+
+def _check_heads(sizes: Sizes, method, num_heads, num_kv_heads, heads_per_stage) -> None:
+    tensor = sizes.tensor
+    for name, count in (("num_heads", num_heads), ("num_kv_heads", num_kv_heads)):
+        if count % tensor:
+            legal = [n for n in range(1, count + 1) if count % n == 0]
+            raise ValueError(
+                f"{name}={count} is not divisible by tensor={tensor}; use tensor in {legal}"
+            )
+    try:
+        if method in BY_HEADS:
+            check_heads(num_heads // tensor, num_kv_heads // tensor, sizes.context)
+        if heads_per_stage is not None:
+            head_schedule(
+                num_heads // tensor, num_kv_heads // tensor, sizes.context, heads_per_stage
+            )
+    except ValueError as error:
+        if tensor == 1:
+            raise
+        raise ValueError(f"{error} (heads of one of tensor={tensor} ranks)") from error
+
+
+def _check_lengths(sizes: Sizes, method, seq_len, batch, layout) -> None:
+    shards = sizes.ring * sizes.context
+    if seq_len < 1 or seq_len % shards:
+        raise ValueError(
+            f"seq_len={seq_len} is not divisible by ring={sizes.ring} * context={sizes.context} "
+            f"= {shards}; nearest: {nearest_multiples(seq_len, shards)}"
+        )
+    if layout == "zigzag":
+        if method not in BALANCED:
+            raise ValueError(
+                f"layout='zigzag' is for the methods {list(BALANCED)}: with {method!r} there is "
+                f"nothing to balance, use layout='contiguous'"
+            )
+        if method in TWO_LEVEL:
+            check_zigzag(seq_len, sizes.ring, sizes.context)
+        else:
+            check_zigzag(seq_len, sizes.context)
+    rows = sizes.data * sizes.fsdp
+    if batch < 1 or batch % rows:
+        raise ValueError(
+            f"batch={batch} is not divisible by data={sizes.data} * fsdp={sizes.fsdp} = {rows}; "
+            f"nearest: {nearest_multiples(batch, rows)}"
+        )
