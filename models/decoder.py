@@ -10,7 +10,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxlab.rope import LinearScaling, Llama3Scaling, YarnScaling, rope_frequencies
-from models.layers import ATTENTION, MIXERS, MLP, RMSNorm, weight
+from models.layers import ATTENTION, MLP, RMSNorm, weight
+from models.mixers import MIXERS, TTT, LaCT, LinearAttention, check_mixers
 from sharding.rules import constrain
 
 # What a block keeps for the backward pass; `None` recomputes everything.
@@ -33,6 +34,9 @@ class DecoderConfig:
     head_dim: Annotated[int, "size of a head"] = 32
     mlp: Annotated[int, "hidden width of the SwiGLU"] = 384
     pattern: Annotated[tuple[str, ...], "mixers of consecutive layers, repeated"] = ("attention",)
+    lact: LaCT = LaCT()
+    ttt: TTT = TTT()
+    linear: LinearAttention = LinearAttention()
     attention: Annotated[Literal["dense", "blockwise"], "how softmax attention is computed"] = (
         "dense"
     )
@@ -72,9 +76,7 @@ class DecoderConfig:
                 f"model.layers={self.layers} must be a multiple of the {len(self.pattern)} entries "
                 f"of model.pattern={self.pattern}"
             )
-        for name in self.pattern:
-            if name not in MIXERS:
-                raise ValueError(f"model.pattern has {name!r}; allowed are {sorted(MIXERS)}")
+        check_mixers(self)
         if self.attention not in ATTENTION:
             raise ValueError(f"model.attention={self.attention!r}; allowed are {list(ATTENTION)}")
         tensor = mesh_sizes.get("tensor", 1)
@@ -114,7 +116,7 @@ class Block(nn.Module):
             x = constrain(x, "batch", "length", "act_embed")
             mix = MIXERS[mixer](c, name=f"mixer_{i}")
             y = norm(f"mixer_norm_{i}")(x)
-            y, states[i] = mix(y, positions, segment_ids, inv_freq, states[i])
+            y, states[i] = mix.mix(y, positions, segment_ids, inv_freq, states[i])
             x = x + y
             x = x + MLP(c, name=f"mlp_{i}")(norm(f"mlp_norm_{i}")(x))
         return x, tuple(states)
@@ -178,7 +180,7 @@ class Decoder(nn.Module):
     def init_state(self, batch: int, length: int):
         """The state of decoding before the first token: one pytree a block, stacked if scanned."""
         c = self.config
-        block = tuple(MIXERS[mixer].init_state(c, batch, length) for mixer in c.pattern)
+        block = tuple(MIXERS[m](c, parent=None).init_state(batch, length) for m in c.pattern)
         if self.unrolled:
             return [block] * self.depth
         return jax.tree.map(lambda x: jnp.broadcast_to(x, (self.depth, *x.shape)), block)

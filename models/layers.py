@@ -2,12 +2,12 @@
 
 A matrix whose name is in the collection "lora" (see models/lora.py) is used with that adapter.
 
-A mixer is a module with two promises. `init_state(config, batch, length)` makes the state of one
-layer for decoding: a pytree whose leaves are [batch, ...] or scalars; `length` bounds the tokens it
-will see, which a state of constant size ignores. `__call__(x, positions, segment_ids, inv_freq, state)`
-returns (y, state). State None is training: every token sees those before it in its segment. With a
-state the t tokens, many (prefill) or one (a step), follow those that the state has seen, and segment 0
-is padding, which leaves no trace in it.
+A mixer (models/mixers.py has them all) is a module with two promises. `init_state(batch, length)`,
+which needs no parameters, makes the state of one layer for decoding: a pytree whose leaves are
+[batch, ...] or scalars; `length` bounds the tokens it will see, which a state of constant size ignores.
+`mix(x, positions, segment_ids, inv_freq, state)` returns (y, state). State None is training: every
+token sees those before it in its segment. With a state the t tokens, many (prefill) or one (a step),
+follow those that the state has seen, and segment 0 is padding, which leaves no trace in it.
 """
 
 from collections.abc import Callable
@@ -60,13 +60,20 @@ def linear(
     return product
 
 
+def constant(module: nn.Module, name: str, shape: tuple[int, ...], value: float, dtype):
+    """Declares a bias or a scale that starts at `value`: on every device whole, without decay."""
+    axes = ("norm", *(None,) * (len(shape) - 1))
+    init = nn.with_logical_partitioning(nn.initializers.constant(value), axes)
+    return jnp.asarray(module.param(name, init, shape, dtype))
+
+
 def _declare(module: nn.Module, name, shape, axes, std, dtype) -> jax.Array:
     init = nn.with_logical_partitioning(nn.initializers.truncated_normal(std), axes)
     return jnp.asarray(module.param(name, init, shape, dtype))
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * scale over the last axis, computed in float32 (Zhang and Sennrich, 2019)."""
+    """x / rms(x) * scale over the last axis, in float32 or wider (Zhang and Sennrich, 2019)."""
 
     eps: float = 1e-6
     param_dtype: str = "float32"
@@ -75,9 +82,9 @@ class RMSNorm(nn.Module):
     def __call__(self, x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
         init = nn.with_logical_partitioning(nn.initializers.ones_init(), ("norm",))
         scale = jnp.asarray(self.param("scale", init, (x.shape[-1],), self.param_dtype))
-        wide = x.astype(jnp.float32)
+        wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
         wide = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), -1, keepdims=True) + self.eps)
-        return (wide * scale.astype(jnp.float32)).astype(x.dtype)
+        return (wide * scale.astype(wide.dtype)).astype(x.dtype)
 
 
 class Attention(nn.Module):
@@ -85,13 +92,13 @@ class Attention(nn.Module):
 
     config: Any  # DecoderConfig, whose module imports this one
 
-    @staticmethod
-    def init_state(config, batch: int, length: int) -> KVCache:
+    def init_state(self, batch: int, length: int) -> KVCache:
         """An empty cache of `length` slots, in the compute type."""
-        return KVCache.empty(batch, config.kv_heads, length, config.head_dim, config.dtype)
+        c = self.config
+        return KVCache.empty(batch, c.kv_heads, length, c.head_dim, c.dtype)
 
     @nn.compact
-    def __call__(
+    def mix(
         self,
         x: Float[Array, "b t d"],
         positions: Int[Array, "b t"],
@@ -99,6 +106,7 @@ class Attention(nn.Module):
         inv_freq: Float[Array, "half"],
         state: KVCache | None = None,
     ) -> tuple[Float[Array, "b t d"], KVCache | None]:
+        """Attention to the tokens before, in the segment or in the cache."""
         c = self.config
         d, h, hk, k = c.d_model, c.heads, c.kv_heads, c.head_dim
         std = d**-0.5
@@ -139,6 +147,3 @@ class MLP(nn.Module):
         down = linear(self, "w_down", (f, d), ("mlp", "embed"), std, c.param_dtype)
         hidden = jax.nn.silu(gate(x)) * up(x)
         return down(constrain(hidden, "batch", "length", "act_mlp"))
-
-
-MIXERS: dict[str, Any] = {"attention": Attention}
