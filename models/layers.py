@@ -20,6 +20,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxlab.attention import apply_rope, blockwise_attention, dense_attention
 from jaxlab.lora import lora_delta, lora_product
+from jaxlab.norm import rms_norm
 from jaxlab.rope import rope_factor
 from models.cache import NOWHERE, KVCache
 from sharding.rules import constrain
@@ -73,7 +74,7 @@ def _declare(module: nn.Module, name, shape, axes, std, dtype) -> jax.Array:
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * scale over the last axis, in float32 or wider (Zhang and Sennrich, 2019)."""
+    """`rms_norm` with a learnt scale."""
 
     eps: float = 1e-6
     param_dtype: str = "float32"
@@ -82,9 +83,7 @@ class RMSNorm(nn.Module):
     def __call__(self, x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
         init = nn.with_logical_partitioning(nn.initializers.ones_init(), ("norm",))
         scale = jnp.asarray(self.param("scale", init, (x.shape[-1],), self.param_dtype))
-        wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-        wide = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), -1, keepdims=True) + self.eps)
-        return (wide * scale.astype(wide.dtype)).astype(x.dtype)
+        return rms_norm(x, scale, self.eps)
 
 
 class Attention(nn.Module):

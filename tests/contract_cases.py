@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxlab import linear_attention as la
 from jaxlab import lora, sampling, ttt
 from jaxlab.attention import blockwise_attention, cached_attention, dense_attention
+from jaxlab.norm import rms_norm
 from jaxlab.rope import apply_rope, rope_frequencies
 from jaxlab.tiled import tiled_cross_entropy, tiled_mlp, token_log_probs
 
@@ -106,6 +107,7 @@ CASES: dict[str, Case] = {
         lambda x, p: apply_rope(x, p, jnp.asarray(rope_frequencies(8, 1e4))),
         lambda key, dtype: (*_normal(key, dtype, (2, 5, 4, 8)), jnp.array([[0, 1, 2, 0, 1]] * 2)),
     ),
+    "jaxlab.norm.rms_norm": Case(rms_norm, lambda key, dtype: _normal(key, dtype, (2, 5, 8), (8,))),
     "jaxlab.tiled.tiled_mlp": Case(
         lambda x, w: tiled_mlp(lambda part: jax.nn.silu(part @ w), x, n_tiles=3),
         lambda key, dtype: _normal(key, dtype, (2, 6, 8), (8, 4)),
@@ -134,6 +136,7 @@ GATE, CHANNEL, S = (2, 3, 2), (2, 3, 2, 4), (2, 2, 4, 4)
 WEIGHTS = ((2, 4, 4),) * 3
 # Without Newton-Schulz, whose slope of 3.4 to 4 a step multiplies rounding at small singular values.
 ORDER = ttt.InnerConfig(chunk_size=2, orthogonalize=None)
+PLACES = jnp.array([[0, 1, 2], [0, 0, 1]])
 open_unit, decays = jax.nn.sigmoid, lambda x: -jnp.abs(x)
 
 
@@ -316,6 +319,18 @@ CASES |= {
     ),
     "jaxlab.ttt.ttt_linear_init": _mini_init("linear", ttt.ttt_linear_init),
     "jaxlab.ttt.ttt_mlp_init": _mini_init("mlp", ttt.ttt_mlp_init),
+    "jaxlab.ttt.ttt_packed": Case(
+        lambda q, k, v, r, mu, fw: ttt.ttt_packed(
+            q, k, v, fw, open_unit(r), open_unit(mu), ORDER, PLACES
+        )[0],
+        _ttt_tokens,
+    ),
+    "jaxlab.ttt.ttt_minibatch_packed": Case(
+        lambda q, k, v, a, b, p: ttt.ttt_minibatch_packed(
+            q, k, v, p, open_unit(a), open_unit(b), PLACES, chunk_size=2
+        )[0],
+        _mini("linear"),
+    ),
     "jaxlab.ttt.vittt_glu": Case(
         lambda q, k, v, w1, w2: ttt.vittt_glu(q, k, v, w1, w2)[0], _tokens(*WEIGHTS[:2])
     ),
@@ -328,6 +343,9 @@ CASES |= {
 # Public functions that are no methods on arrays, and why.
 EXEMPT: dict[str, str] = {
     "jaxlab.linear_attention.init_state": "zeros of sizes, tested in test_linear_attention_contract.py",
+    "jaxlab.ttt.document_places": "integers, tested in test_ttt_packed.py",
+    "jaxlab.ttt.packed_state": "zeros of sizes, tested in test_ttt_packed.py",
+    "jaxlab.ttt.packed_minibatch_state": "zeros of sizes, tested in test_ttt_packed.py",
     "jaxlab.rope.rope_frequencies": "static numbers, tested in test_rope.py",
     "jaxlab.lora.lora_num_params": "a static number, tested in test_lora.py",
     "jaxlab.lora.pairs": "walks a tree, computes nothing",

@@ -36,7 +36,7 @@ quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimizati
 # One of a family in the quick suite, all of them in the slow one.
 QUICK = ("lact", "ttt_linear", "gated_delta")
 some = lambda name: pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow)  # noqa: E731
-every = pytest.mark.parametrize("name", map(some, CONFIGS))
+every = pytest.mark.parametrize("name", [some(name) for name in CONFIGS])
 
 
 @functools.lru_cache

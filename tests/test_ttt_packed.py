@@ -199,4 +199,4 @@ def test_what_cannot_be_packed_says_why():
     with pytest.raises(ValueError, match="places"):
         ttt_packed(*args[:3], fw, *args[3:], BASE, places[:, :3])
     with pytest.raises(ValueError, match="rates"):
-        ttt_packed(*args[:3], fw, args[3][..., 0], args[4], BASE, places)
+        ttt_packed(*args[:3], fw, args[3][:, 1:], args[4], BASE, places)

@@ -153,7 +153,7 @@ def ttt_packed(
     k: Float[Array, "b t h k"],
     v: Float[Array, "b t h v"],
     fw: FastWeights,
-    rates: Float[Array, "b t h 3"] | None,
+    rates: Float[Array, "b t h 3"] | Float[Array, "b t h"] | None,
     momentum: Float[Array, "b t h"] | None,
     cfg: InnerConfig,
     places: Int[Array, "b t"],
@@ -173,7 +173,9 @@ def ttt_packed(
         )
     q, k, v = check_tokens(q, k, v, "B T H Dk")
     (b, t, h, dk), dv, wide, out_type = q.shape, v.shape[-1], wide_type(v), v.dtype
-    rates = check_gate("rates", rates, (b, t, h, 3), wide) if cfg.token_rates else None
+    rates = check_gate("rates", rates, (b, t, h), wide, (b, t, h, 3)) if cfg.token_rates else None
+    if rates is not None and rates.ndim == 3:
+        rates = jnp.broadcast_to(rates[..., None], (b, t, h, 3))
     momentum = check_gate("momentum", momentum, (b, t, h), wide) if cfg.momentum else None
     check_shape("places", places, (b, t))
     initial = batched_weights(fw, cfg.net, b, h, dk, dv, wide)
