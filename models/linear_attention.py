@@ -1,6 +1,5 @@
 """Layers whose state is a matrix a head: linear attention with decay, GLA, and the delta rules."""
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -8,33 +7,26 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from jaxlab.linear_attention import (
-    LinAttnState,
-    delta_rule,
-    gated_delta_rule,
-    gla,
-    init_state,
-    kda,
-    linear_attention,
-)
+from jaxlab.linear_attention import LinAttnState, init_state
 from models.layers import RMSNorm, constant, linear
+from sharding.context.linear import RECURRENCES, context_recurrence
 from sharding.rules import constrain
 
 
 class Kind(NamedTuple):
-    """A method of jaxlab.linear_attention and the gates it takes."""
+    """A method of sharding.context.linear and the gates it takes."""
 
-    method: Callable
+    method: str
     decay: str | None  # "head": a log decay for each head, "channel": for each of its channels
     beta: bool  # the delta rule, with its rate
 
 
 KINDS: dict[str, Kind] = {
-    "linear_attention": Kind(linear_attention, "head", False),
-    "gla": Kind(gla, "channel", False),
-    "delta": Kind(delta_rule, None, True),
-    "gated_delta": Kind(gated_delta_rule, "head", True),
-    "kda": Kind(kda, "channel", True),
+    "linear_attention": Kind("linear_attention", "head", False),
+    "gla": Kind("gla", "channel", False),
+    "delta": Kind("delta_rule", None, True),
+    "gated_delta": Kind("gated_delta_rule", "head", True),
+    "kda": Kind("kda", "channel", True),
 }
 
 
@@ -94,30 +86,35 @@ class LinearAttentionLayer(nn.Module):
             return w + constant(self, f"b_{name}", shape, start, self.param_dtype)
 
         q, key, v = (project(name) for name in ("wq", "wk", "wv"))
-        gates = []
+        gates = {}
         if kind.decay is not None:
             shape = (h,) if kind.decay == "head" else (h, k)
-            gates.append(jax.nn.log_sigmoid(gate("decay", shape, 2.0)) / 16)
+            gates["log_decay"] = jax.nn.log_sigmoid(gate("decay", shape, 2.0)) / 16
         if kind.beta:
             q, key = (_unit(jax.nn.silu(y)) for y in (q, key))
-            gates.append(jax.nn.sigmoid(gate("beta", (h,), 0.0)))
-        if state is not None and segment_ids is not None:  # padding neither writes nor decays
-            keep = segment_ids != 0
-            zero = lambda y: jnp.where(keep.reshape(*keep.shape, *(1,) * (y.ndim - 2)), y, 0)  # noqa: E731
-            key, v, gates = zero(key), zero(v), [zero(y) for y in gates]
+            gates["beta"] = jax.nn.sigmoid(gate("beta", (h,), 0.0))
         q = constrain(q, "batch", "length", "act_heads", None)
-        named = {"log_decay": gates[0]} if self.kind == "linear_attention" else {}
-        out, after = kind.method(
-            q, key, v, *(() if named else gates), **named,
-            initial_state=state, segment_ids=segment_ids if state is None else None,
-            impl="recurrent" if x.shape[1] == 1 else "chunkwise", chunk_size=self.chunk_size,
-        )  # fmt: skip
+        if state is None and not self.is_initializing():
+            out = context_recurrence(
+                kind.method, q, key, v, **gates, segment_ids=segment_ids, chunk_size=self.chunk_size
+            )
+        else:  # one device's length: of a state, or of the row with which parameters are made
+            if segment_ids is not None:  # padding neither writes nor decays
+                real = segment_ids != 0
+                zero = lambda y: jnp.where(real.reshape(*real.shape, *(1,) * (y.ndim - 2)), y, 0)  # noqa: E731
+                key, v, gates = jax.tree.map(zero, (key, v, gates))
+            run, _ = RECURRENCES[kind.method]
+            impl = "recurrent" if x.shape[1] == 1 else "chunkwise"
+            out, state = run(
+                q, key, v, **gates, initial_state=state, impl=impl, chunk_size=self.chunk_size,
+                return_state=state is not None,
+            )  # fmt: skip
         out = RMSNorm(1e-6, self.param_dtype, name="out_norm")(out)
         out = out * jax.nn.silu(project("w_gate"))
         std = (2 * self.depth * h * k) ** -0.5
         axes = ("heads", "head_dim", "embed")
         product = linear(self, "wo", (h, k, c), axes, std, self.param_dtype, 2)
-        return product(out), None if state is None else after
+        return product(out), state
 
 
 def _unit(x: jax.Array) -> jax.Array:
