@@ -163,6 +163,7 @@ class LaCTLayer(nn.Module):
         if inner.momentum:
             mu = jax.nn.sigmoid(self._gate("momentum", x, (h,)))
         fw = self._initial()
+        self.sow("intermediates", "learnt", (k, v, fw, rates, mu))
         if state is None and segment_ids is None:
             y = ttt(q, k, v, fw, rates, mu, inner, return_state=False)[0]
         else:

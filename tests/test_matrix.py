@@ -13,8 +13,10 @@ import jax
 import numpy as np
 import pytest
 
+from jaxlab.ttt import InnerConfig
 from models.decoder import DecoderConfig
 from models.lora import FROZEN_BASE, Lora
+from models.mixers import TTT, LaCT, LinearAttention
 from sharding.mesh import MeshShape
 from train import trainer
 from train.checkpoint import Checkpoints
@@ -33,6 +35,11 @@ MODELS = {
     ),
     "two-mixers": dataclasses.replace(SMALL, pattern=("attention", "attention"), remat="attention"),
 }
+MODELS["lact-gated-delta"] = dataclasses.replace(
+    SMALL, pattern=("lact", "gated_delta"), linear=LinearAttention(chunk_size=8), remat="dots",
+    lact=LaCT(heads=4, window=8, inner=InnerConfig(chunk_size=8), low_rank=2),
+)  # fmt: skip
+MODELS["ttt-mlp-kda"] = dataclasses.replace(SMALL, pattern=("ttt_mlp", "kda"), ttt=TTT(gate=True))
 OBJECTIVES = {"next-token": NextToken(), "tiled-z": NextToken(tiles=4, z_loss=1e-4)}
 SOURCES = {
     "concat": Text(seq_len=32),
@@ -54,6 +61,11 @@ OPTIMIZERS = (
 )
 AXES = (MODELS, OBJECTIVES, SOURCES, SHARDINGS)
 WHOLE = list(itertools.product(*AXES))
+# Models that take a minute to compile: one cell each, the others are slow.
+HEAVY = {
+    "lact-gated-delta": ("next-token", "first-fit", "all"),
+    "ttt-mlp-kda": ("tiled-z", "concat", "fsdp4-context2"),
+}
 
 
 def pairwise(cells: list[tuple]) -> list[tuple]:
@@ -100,13 +112,17 @@ def walk(cell: tuple, folder) -> None:
         np.testing.assert_array_equal(a, b)
 
 
-@pytest.mark.parametrize("cell", pairwise(WHOLE), ids="+".join)
+QUICK = pairwise([cell for cell in WHOLE if cell[0] not in HEAVY])
+QUICK += [(model, *rest) for model, rest in HEAVY.items()]
+
+
+@pytest.mark.parametrize("cell", QUICK, ids="+".join)
 def test_every_pair_of_choices(cell, tmp_path):
     walk(cell, tmp_path / "run")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("cell", [c for c in WHOLE if c not in pairwise(WHOLE)][::3], ids="+".join)
+@pytest.mark.parametrize("cell", [c for c in WHOLE if c not in QUICK][::3], ids="+".join)
 def test_other_cells(cell, tmp_path):
     walk(cell, tmp_path / "run")
 
