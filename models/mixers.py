@@ -13,7 +13,7 @@ from models.ttt import TTTLayer
 
 @dataclasses.dataclass(frozen=True)
 class LaCT:
-    """Mixer "lact"; its attention has the heads of the model."""
+    """Mixer "lact"; its attention has the heads of the model, each of d_model / heads."""
 
     heads: Annotated[int, "fast-weight heads; divides d_model"] = 2
     inter_multi: Annotated[int, "hidden width of the inner net over its input"] = 1
@@ -26,7 +26,7 @@ class LaCT:
 
 @dataclasses.dataclass(frozen=True)
 class TTT:
-    """Mixers "ttt_linear" and "ttt_mlp", with the heads of the model."""
+    """Mixers "ttt_linear" and "ttt_mlp", with the heads of the model, each of d_model / heads."""
 
     chunk_size: Annotated[int, "tokens of a mini-batch"] = 16
     base_rate: Annotated[float, "inner learning rate"] = 1.0

@@ -1,8 +1,8 @@
 """The composition matrix: model x objective x source x sharding. Each issue adds its rows.
 
 Every legal cell trains, saves, resumes to the same parameters and evaluates, on eight devices; an
-illegal one says why before anything is compiled. Every pair of choices stands in some cell; of the
-other cells `slow` walks every third.
+illegal one says why before anything is compiled. Every pair of choices stands in some cell, but for
+models that take long to compile; of the other cells `slow` walks every third.
 """
 
 import dataclasses
