@@ -93,7 +93,12 @@ METHODS = {
     "linear": minibatch("linear", 4, "query"),
     "mlp": minibatch("mlp", 3, "output"),
 }
-methods = pytest.mark.parametrize("name", METHODS)
+# The quick suite has a net that moves whole, one that stands still, and both kinds of mini-batch.
+SLOW = ("V1p", "V6, chunks of one", "squared, q<-k, ascent")
+methods = pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=pytest.mark.slow) if n in SLOW else n for n in METHODS],
+)
 
 
 T = 13
