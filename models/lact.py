@@ -13,7 +13,7 @@ from jaxlab.attention import apply_rope
 from jaxlab.rope import rope_frequencies
 from jaxlab.ttt import FastWeights, InnerConfig, PackedState, packed_state, ttt, ttt_packed
 from models.cache import NOWHERE, RingCache
-from models.layers import ATTENTION, RMSNorm, constant, linear, weight
+from models.layers import ATTENTION, RMSNorm, SequenceLayer, constant, linear, weight
 from models.ttt import places_of
 from sharding.rules import constrain
 
@@ -33,7 +33,7 @@ def l2(x: Float[Array, "*b k"]) -> Float[Array, "*b k"]:
     return x / (norm + 1e-5)
 
 
-class LaCTLayer(nn.Module):
+class LaCTLayer(SequenceLayer):
     """y = (window attention(q, k, v) + TTT(q, k, v)) Wo, of which TTT learns k -> v chunk by chunk.
 
     `inner` says how, `attn_heads` and `ttt_heads` cut the same channels; ValueError unless they
@@ -86,17 +86,6 @@ class LaCTLayer(nn.Module):
             packed_state(self.inner, batch, self.ttt_heads, d, self.inter_multi * d, d),
             jnp.zeros(batch, jnp.int32),
         )
-
-    def __call__(
-        self,
-        x: Float[Array, "b t d"],
-        positions: Int[Array, "b t"] | None = None,
-        segment_ids: Int[Array, "b t"] | None = None,
-    ) -> Float[Array, "b t d"]:
-        """The layer on whole sequences; positions None are 0, 1, 2..."""
-        if positions is None:
-            positions = jnp.broadcast_to(jnp.arange(x.shape[1]), x.shape[:2])
-        return self.mix(x, positions, segment_ids, None)[0]
 
     @nn.compact
     def mix(

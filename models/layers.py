@@ -86,6 +86,25 @@ class RMSNorm(nn.Module):
         return rms_norm(x, scale, self.eps)
 
 
+class SequenceLayer(nn.Module):
+    """A mixer that is a layer by itself too, [b, t, d] to [b, t, d]."""
+
+    def __call__(
+        self,
+        x: Float[Array, "b t d"],
+        positions: Int[Array, "b t"] | None = None,
+        segment_ids: Int[Array, "b t"] | None = None,
+    ) -> Float[Array, "b t d"]:
+        """The layer on whole sequences; positions None are 0, 1, 2..."""
+        if positions is None:
+            positions = jnp.broadcast_to(jnp.arange(x.shape[1]), x.shape[:2])
+        return self.mix(x, positions, segment_ids, None)[0]
+
+    def mix(self, x, positions, segment_ids, inv_freq, state=None) -> tuple[jax.Array, Any]:
+        """The mixer: (y, state)."""
+        raise NotImplementedError
+
+
 class Attention(nn.Module):
     """Grouped-query attention with rotary positions and optional QK-norm."""
 

@@ -5,10 +5,9 @@ from typing import NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
 
 from jaxlab.linear_attention import LinAttnState, init_state
-from models.layers import RMSNorm, constant, linear
+from models.layers import RMSNorm, SequenceLayer, constant, linear
 from sharding.context.linear import RECURRENCES, context_recurrence
 from sharding.rules import constrain
 
@@ -30,7 +29,7 @@ KINDS: dict[str, Kind] = {
 }
 
 
-class LinearAttentionLayer(nn.Module):
+class LinearAttentionLayer(SequenceLayer):
     """y = (RMSNorm(method(q, k, v, gates)) * silu(x Wg)) Wo, a head at a time.
 
     `kind` is a name in KINDS. Keys and queries of the delta rules are silu and of length one; log
@@ -59,12 +58,6 @@ class LinearAttentionLayer(nn.Module):
     def init_state(self, batch: int, length: int) -> LinAttnState:
         """The state before the first token: zeros of constant size."""
         return init_state(batch, self.num_heads, self.head_dim, self.head_dim)
-
-    def __call__(
-        self, x: Float[Array, "b t d"], segment_ids: Int[Array, "b t"] | None = None
-    ) -> Float[Array, "b t d"]:
-        """The layer on whole sequences."""
-        return self.mix(x, None, segment_ids, None)[0]
 
     @nn.compact
     def mix(

@@ -21,7 +21,7 @@ from jaxlab.ttt import (
     vittt_dwconv,
     vittt_glu,
 )
-from models.layers import constant, linear, weight
+from models.layers import SequenceLayer, constant, linear, weight
 
 
 def places_of(x, segment_ids, seen: jax.Array | None) -> tuple[jax.Array, jax.Array]:
@@ -64,7 +64,7 @@ class TTTState(NamedTuple):
     seen: Int[Array, "b"]
 
 
-class TTTLayer(nn.Module):
+class TTTLayer(SequenceLayer):
     """TTT-Linear or TTT-MLP with its projections, LayerNorm after it and an optional gate.
 
     `kind` is "linear" or "mlp"; ValueError for another, and unless the heads divide `hidden_size`
@@ -98,12 +98,6 @@ class TTTLayer(nn.Module):
         h = self.num_heads
         fast = packed_minibatch_state(self.kind, batch, h, self.hidden_size // h)
         return TTTState(fast, jnp.zeros(batch, jnp.int32))
-
-    def __call__(
-        self, x: Float[Array, "b t d"], segment_ids: Int[Array, "b t"] | None = None
-    ) -> Float[Array, "b t d"]:
-        """The layer on whole sequences."""
-        return self.mix(x, None, segment_ids, None)[0]
 
     @nn.compact
     def mix(
