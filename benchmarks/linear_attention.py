@@ -8,9 +8,6 @@ alike. Writes linear_attention_<platform>.json and .md into --out.
 """
 
 import argparse
-import json
-import os
-import platform
 import sys
 import time
 from pathlib import Path
@@ -21,7 +18,7 @@ import jax.numpy as jnp
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.machine import cores, processor, spread  # noqa: E402
+from benchmarks.machine import environment, load, publish, spread  # noqa: E402
 from jaxlab import linear_attention as la  # noqa: E402
 
 FORMS = ("recurrent", "chunkwise", "scan")
@@ -97,13 +94,13 @@ def measure_method(method: str, arrays: dict, options) -> dict:
 def markdown(r: dict) -> str:
     """The record as a page."""
     b, t, h, d = r["shape"]
-    load = ", ".join(f"{x:.1f}" for x in r["load"])
+    loads = ", ".join(f"{x:.1f}" for x in r["load"])
     lines = [
         f"# Linear attention, {r['date']}",
         "",
         f"[{b}, {t}, {h}, {d}] float32, chunks of {r['chunk_size']}; {r['hardware']['cpu']}, "
         f"{r['hardware']['cores']} cores, {r['hardware']['device']}; load average before and after "
-        f"{load}. JAX {r['jax']} on Python {r['python']}.",
+        f"{loads}. JAX {r['jax']} on Python {r['python']}.",
         "",
         f"Least of {r['repeats']} alternating rounds in ms (median); speed-up over token by token "
         "by least times; temporary memory of the gradient.",
@@ -132,29 +129,15 @@ def main() -> None:
     options = parser.parse_args()
     if options.repeats < 1:
         parser.error(f"--repeats={options.repeats} must be at least 1")
-    load = [os.getloadavg()[0]] if hasattr(os, "getloadavg") else []
     arrays = inputs(tuple(options.shape))
-    record = {
-        "date": time.strftime("%Y-%m-%d"),
+    record = environment() | {
         "shape": list(options.shape),
         "chunk_size": options.chunk_size,
         "repeats": options.repeats,
-        "hardware": {
-            "cpu": processor(),
-            "cores": cores(),
-            "device": jax.devices()[0].device_kind,
-        },
-        "python": platform.python_version(),
-        "jax": jax.__version__,
         "methods": {name: measure_method(name, arrays, options) for name in METHODS},
     }
-    record["load"] = load + ([os.getloadavg()[0]] if load else [])
-    options.out.mkdir(parents=True, exist_ok=True)
-    path = options.out / f"linear_attention_{jax.default_backend()}"
-    path.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
-    page = markdown(record)
-    path.with_suffix(".md").write_text(page)
-    print(page)
+    record["load"] += load()
+    publish(record, markdown(record), options.out, "linear_attention")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """What a benchmark says about its machine, and how it sums up a list of times."""
 
 import contextlib
+import json
 import os
 import platform
 import statistics
@@ -48,3 +49,32 @@ def processor() -> str:
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
+
+
+def environment() -> dict:
+    """Date, hardware, versions and the load average, for a record."""
+    return {
+        "date": time.strftime("%Y-%m-%d"),
+        "hardware": {
+            "cpu": processor(),
+            "cores": cores(),
+            "device": jax.devices()[0].device_kind,
+        },
+        "python": platform.python_version(),
+        "jax": jax.__version__,
+        "load": load(),
+    }
+
+
+def load() -> list[float]:
+    """The load average of the last minute, where there is one."""
+    return [os.getloadavg()[0]] if hasattr(os, "getloadavg") else []
+
+
+def publish(record: dict, page: str, out: Path, name: str) -> None:
+    """Writes `out`/`name`_<platform>.json and .md, and prints the page."""
+    out.mkdir(parents=True, exist_ok=True)
+    path = out / f"{name}_{jax.default_backend()}"
+    path.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
+    path.with_suffix(".md").write_text(page)
+    print(page)

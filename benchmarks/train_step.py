@@ -300,6 +300,7 @@ def main() -> None:
     parser.add_argument("--fit-steps", type=int, default=60, help="steps of each of them")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     options = parser.parse_args()
+    large_pages()  # as the command does, and for the peer too
     for name, least in (("repeats", 1), ("steps", 1), ("fits", 1), ("fit_steps", 20)):
         if getattr(options, name) < least:
             given = f"--{name.replace('_', '-')}={getattr(options, name)}"

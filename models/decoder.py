@@ -12,7 +12,8 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from jaxlab.rope import LinearScaling, Llama3Scaling, YarnScaling, rope_frequencies
-from models.layers import ATTENTION, MIXERS, MLP, RMSNorm, weight
+from models.layers import ATTENTION, MLP, RMSNorm, weight
+from models.mixers import MIXERS, TTT, LaCT, LinearAttention, check_mixers
 from sharding.context import ContextConfig, check_context, zigzag_permutation
 from sharding.context.checks import TWO_LEVEL, check_names
 from sharding.rules import constrain
@@ -45,6 +46,9 @@ class DecoderConfig:
     head_dim: Annotated[int, "size of a head"] = 32
     mlp: Annotated[int, "hidden width of the SwiGLU"] = 384
     pattern: Annotated[tuple[str, ...], "mixers of consecutive layers, repeated"] = ("attention",)
+    lact: LaCT = LaCT()
+    ttt: TTT = TTT()
+    linear: LinearAttention = LinearAttention()
     attention: Annotated[Literal["dense", "blockwise"], "how softmax attention is computed"] = (
         "dense"
     )
@@ -87,9 +91,7 @@ class DecoderConfig:
                 f"model.layers={self.layers} must be a multiple of the {len(self.pattern)} entries "
                 f"of model.pattern={self.pattern}"
             )
-        for name in self.pattern:
-            if name not in MIXERS:
-                raise ValueError(f"model.pattern has {name!r}; allowed are {sorted(MIXERS)}")
+        check_mixers(self)
         if self.attention not in ATTENTION:
             raise ValueError(f"model.attention={self.attention!r}; allowed are {list(ATTENTION)}")
         tensor = mesh_sizes.get("tensor", 1)
@@ -128,6 +130,12 @@ class DecoderConfig:
             )
         if c.layout == "contiguous":
             return None
+        others = sorted(set(self.pattern) - {"attention"})
+        if others:
+            raise ValueError(
+                f"model.context.layout={c.layout!r} takes tokens out of their order, which "
+                f"{', '.join(others)} of model.pattern need: use 'contiguous'"
+            )
         return zigzag_permutation(length, ring if c.method in TWO_LEVEL else context)
 
     def inputs(self, batch: dict[str, jax.ShapeDtypeStruct]) -> tuple[jax.ShapeDtypeStruct, ...]:
@@ -157,7 +165,7 @@ class Block(nn.Module):
             x = checkpoint_name(constrain(x, "batch", "length", "act_embed"), "blk_in")
             mix = MIXERS[mixer](c, name=f"mixer_{i}")
             y = norm(f"mixer_norm_{i}")(x)
-            y, states[i] = mix(y, positions, segment_ids, inv_freq, states[i])
+            y, states[i] = mix.mix(y, positions, segment_ids, inv_freq, states[i])
             x = x + y
             tiles = c.mlp_tiles if states[i] is None else 1
             x = x + MLP(c, name=f"mlp_{i}")(norm(f"mlp_norm_{i}")(x), tiles)
@@ -226,7 +234,7 @@ class Decoder(nn.Module):
     def init_state(self, batch: int, length: int):
         """The state of decoding before the first token: one pytree a block, stacked if scanned."""
         c = self.config
-        block = tuple(MIXERS[mixer].init_state(c, batch, length) for mixer in c.pattern)
+        block = tuple(MIXERS[m](c, parent=None).init_state(batch, length) for m in c.pattern)
         if self.unrolled:
             return [block] * self.depth
         return jax.tree.map(lambda x: jnp.broadcast_to(x, (self.depth, *x.shape)), block)

@@ -2,12 +2,12 @@
 
 A matrix whose name is in the collection "lora" (see models/lora.py) is used with that adapter.
 
-A mixer is a module with two promises. `init_state(config, batch, length)` makes the state of one
-layer for decoding: a pytree whose leaves are [batch, ...] or scalars; `length` bounds the tokens it
-will see, which a state of constant size ignores. `__call__(x, positions, segment_ids, inv_freq, state)`
-returns (y, state). State None is training: every token sees those before it in its segment. With a
-state the t tokens, many (prefill) or one (a step), follow those that the state has seen, and segment 0
-is padding, which leaves no trace in it.
+A mixer (models/mixers.py has them all) is a module with two promises. `init_state(batch, length)`,
+which needs no parameters, makes the state of one layer for decoding: a pytree whose leaves are
+[batch, ...] or scalars; `length` bounds the tokens it will see, which a state of constant size ignores.
+`mix(x, positions, segment_ids, inv_freq, state)` returns (y, state). State None is training: every
+token sees those before it in its segment. With a state the t tokens, many (prefill) or one (a step),
+follow those that the state has seen, and segment 0 is padding, which leaves no trace in it.
 """
 
 import dataclasses
@@ -65,6 +65,13 @@ def linear(
     return product
 
 
+def constant(module: nn.Module, name: str, shape: tuple[int, ...], value: float, dtype):
+    """Declares a bias or a scale that starts at `value`: on every device whole, without decay."""
+    axes = ("norm", *(None,) * (len(shape) - 1))
+    init = nn.with_logical_partitioning(nn.initializers.constant(value), axes)
+    return jnp.asarray(module.param(name, init, shape, dtype))
+
+
 def _declare(module: nn.Module, name, shape, axes, std, dtype) -> jax.Array:
     init = nn.with_logical_partitioning(nn.initializers.truncated_normal(std), axes)
     return jnp.asarray(module.param(name, init, shape, dtype))
@@ -86,18 +93,37 @@ class RMSNorm(nn.Module):
         return rms_norm(x, self.gain(x.shape[-1]), self.eps)
 
 
+class SequenceLayer(nn.Module):
+    """A mixer that is a layer by itself too, [b, t, d] to [b, t, d]."""
+
+    def __call__(
+        self,
+        x: Float[Array, "b t d"],
+        positions: Int[Array, "b t"] | None = None,
+        segment_ids: Int[Array, "b t"] | None = None,
+    ) -> Float[Array, "b t d"]:
+        """The layer on whole sequences; positions None are 0, 1, 2..."""
+        if positions is None:
+            positions = jnp.broadcast_to(jnp.arange(x.shape[1]), x.shape[:2])
+        return self.mix(x, positions, segment_ids, None)[0]
+
+    def mix(self, x, positions, segment_ids, inv_freq, state=None) -> tuple[jax.Array, Any]:
+        """The mixer: (y, state)."""
+        raise NotImplementedError
+
+
 class Attention(nn.Module):
     """Grouped-query attention with rotary positions and optional QK-norm."""
 
     config: Any  # DecoderConfig, whose module imports this one
 
-    @staticmethod
-    def init_state(config, batch: int, length: int) -> KVCache:
+    def init_state(self, batch: int, length: int) -> KVCache:
         """An empty cache of `length` slots, in the compute type."""
-        return KVCache.empty(batch, config.kv_heads, length, config.head_dim, config.dtype)
+        c = self.config
+        return KVCache.empty(batch, c.kv_heads, length, c.head_dim, c.dtype)
 
     @nn.compact
-    def __call__(
+    def mix(
         self,
         x: Float[Array, "b t d"],
         positions: Int[Array, "b t"],
@@ -105,6 +131,7 @@ class Attention(nn.Module):
         inv_freq: Float[Array, "half"],
         state: KVCache | None = None,
     ) -> tuple[Float[Array, "b t d"], KVCache | None]:
+        """Attention to the tokens before, in the segment or in the cache."""
         c = self.config
         d, h, hk, k = c.d_model, c.heads, c.kv_heads, c.head_dim
         std, out_std = d**-0.5, (h * k * 2 * c.layers) ** -0.5
@@ -168,6 +195,3 @@ class MLP(nn.Module):
             return down(constrain(hidden, "batch", "length", "act_mlp"))
 
         return mlp(x) if tiles == 1 else tiled_mlp(mlp, x, n_tiles=tiles)
-
-
-MIXERS: dict[str, Any] = {"attention": Attention}

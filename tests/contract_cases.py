@@ -136,6 +136,7 @@ GATE, CHANNEL, S = (2, 3, 2), (2, 3, 2, 4), (2, 2, 4, 4)
 WEIGHTS = ((2, 4, 4),) * 3
 # Without Newton-Schulz, whose slope of 3.4 to 4 a step multiplies rounding at small singular values.
 ORDER = ttt.InnerConfig(chunk_size=2, orthogonalize=None)
+PLACES = jnp.array([[0, 1, 2], [0, 0, 1]])
 open_unit, decays = jax.nn.sigmoid, lambda x: -jnp.abs(x)
 
 
@@ -318,6 +319,18 @@ CASES |= {
     ),
     "jaxlab.ttt.ttt_linear_init": _mini_init("linear", ttt.ttt_linear_init),
     "jaxlab.ttt.ttt_mlp_init": _mini_init("mlp", ttt.ttt_mlp_init),
+    "jaxlab.ttt.ttt_packed": Case(
+        lambda q, k, v, r, mu, fw: ttt.ttt_packed(
+            q, k, v, fw, open_unit(r), open_unit(mu), ORDER, PLACES
+        )[0],
+        _ttt_tokens,
+    ),
+    "jaxlab.ttt.ttt_minibatch_packed": Case(
+        lambda q, k, v, a, b, p: ttt.ttt_minibatch_packed(
+            q, k, v, p, open_unit(a), open_unit(b), PLACES, chunk_size=2
+        )[0],
+        _mini("linear"),
+    ),
     "jaxlab.ttt.vittt_glu": Case(
         lambda q, k, v, w1, w2: ttt.vittt_glu(q, k, v, w1, w2)[0], _tokens(*WEIGHTS[:2])
     ),
@@ -330,6 +343,9 @@ CASES |= {
 # Public functions that are no methods on arrays, and why.
 EXEMPT: dict[str, str] = {
     "jaxlab.linear_attention.init_state": "zeros of sizes, tested in test_linear_attention_contract.py",
+    "jaxlab.ttt.document_places": "integers, tested in test_ttt_packed.py",
+    "jaxlab.ttt.packed_state": "zeros of sizes, tested in test_ttt_packed.py",
+    "jaxlab.ttt.packed_minibatch_state": "zeros of sizes, tested in test_ttt_packed.py",
     "jaxlab.rope.rope_frequencies": "static numbers, tested in test_rope.py",
     "jaxlab.lora.lora_num_params": "a static number, tested in test_lora.py",
     "jaxlab.lora.pairs": "walks a tree, computes nothing",

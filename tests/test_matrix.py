@@ -2,7 +2,7 @@
 
 Every legal cell trains, saves, resumes to the same parameters and evaluates, on eight devices; an
 illegal one says why before anything is compiled. By default every choice is in some cell; `slow`
-walks cells with every pair of choices and every sixth of the rest.
+walks cells with every pair of choices and some of the rest.
 """
 
 import dataclasses
@@ -13,8 +13,10 @@ import jax
 import numpy as np
 import pytest
 
+from jaxlab.ttt import InnerConfig
 from models.decoder import DecoderConfig
 from models.lora import FROZEN_BASE, Lora
+from models.mixers import TTT, LaCT, LinearAttention
 from sharding.context import ContextConfig
 from sharding.mesh import MeshShape
 from train import trainer
@@ -34,6 +36,11 @@ MODELS = {
     ),
     "two-mixers": dataclasses.replace(SMALL, pattern=("attention", "attention"), remat="attention"),
 }
+MODELS["lact-gated-delta"] = dataclasses.replace(
+    SMALL, pattern=("lact", "gated_delta"), linear=LinearAttention(chunk_size=8), remat="dots",
+    lact=LaCT(heads=4, window=8, inner=InnerConfig(chunk_size=8), low_rank=2),
+)  # fmt: skip
+MODELS["ttt-mlp-kda"] = dataclasses.replace(SMALL, pattern=("ttt_mlp", "kda"), ttt=TTT(gate=True))
 OBJECTIVES = {"next-token": NextToken(), "tiled-z": NextToken(tiles=4, z_loss=1e-4)}
 SOURCES = {
     "concat": Text(seq_len=32),
@@ -58,6 +65,11 @@ OPTIMIZERS = (
 )
 AXES = (MODELS, OBJECTIVES, SOURCES, SHARDINGS)
 WHOLE = list(itertools.product(*AXES))
+# Models that take a minute to compile: slow, one cell each and some of the rest.
+HEAVY = {
+    "lact-gated-delta": ("next-token", "first-fit", "all"),
+    "ttt-mlp-kda": ("tiled-z", "concat", "fsdp4-context2"),
+}
 
 
 def cover(cells: list[tuple], size: int) -> list[tuple]:
@@ -104,10 +116,12 @@ def walk(cell: tuple, folder) -> None:
         np.testing.assert_array_equal(a, b)
 
 
-PAIRS = cover(WHOLE, 2)
+LIGHT = [cell for cell in WHOLE if cell[0] not in HEAVY]
+PAIRS = cover(LIGHT, 2)
 QUICK = cover(PAIRS, 1)
 SLOW = [cell for cell in PAIRS if cell not in QUICK]
-SLOW += [cell for cell in WHOLE if cell not in PAIRS][::6]
+SLOW += [(model, *rest) for model, rest in HEAVY.items()]
+SLOW += [cell for cell in WHOLE if cell not in PAIRS + SLOW][::9]
 
 
 @pytest.mark.parametrize("cell", QUICK, ids="+".join)

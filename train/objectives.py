@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Annotated, Protocol
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxlab.tiled import tiled_cross_entropy
@@ -68,3 +69,25 @@ class NextToken:
                 f"objective.tiles={self.tiles} must divide source.seq_len={source.seq_len}: "
                 f"use one of {legal}"
             )
+
+
+@dataclasses.dataclass(frozen=True)
+class Classify:
+    """Cross-entropy of an image's class, in nats an image, and the share of classes got right."""
+
+    def __call__(self, apply, params, batch, key):
+        logits, labels = apply(params, batch["images"]), batch["labels"]
+        logs = jax.nn.log_softmax(logits.astype(jnp.float32))
+        loss = -jnp.sum(jnp.take_along_axis(logs, labels[:, None], 1))
+        right = jnp.sum(jnp.argmax(logits, -1) == labels, dtype=jnp.float32)
+        count = jnp.float32(len(labels))
+        return loss, {"loss": (loss, count), "accuracy": (right, count)}
+
+    def check(self, model, source) -> None:
+        for name in ("classes", "image"):
+            ours, theirs = getattr(model, name, None), getattr(source, name, None)
+            if ours is None or theirs is None:
+                which = "model" if ours is None else "source"
+                raise ValueError(f"objective classify needs images: {which} has no {name}")
+            if ours != theirs:
+                raise ValueError(f"model.{name}={ours} must equal source.{name}={theirs}")

@@ -11,6 +11,12 @@ from jaxlab.ttt.minibatch import TTTLinearParams, TTTMLPParams
 from jaxlab.ttt.net import swiglu_minus_grads, ttt_apply
 from jaxlab.ttt.oracle import LinearForm, to_linear_attention, ttt_autodiff
 from jaxlab.ttt.orthogonal import newton_schulz
+from jaxlab.ttt.packed import PackedState, document_places, packed_state, ttt_packed
+from jaxlab.ttt.packed_minibatch import (
+    PackedMiniBatch,
+    packed_minibatch_state,
+    ttt_minibatch_packed,
+)
 from jaxlab.ttt.sequence import (
     ttt_linear,
     ttt_linear_init,
@@ -27,11 +33,16 @@ __all__ = [
     "FastWeights",
     "InnerConfig",
     "LinearForm",
+    "PackedMiniBatch",
+    "PackedState",
     "TTTLinearParams",
     "TTTMLPParams",
     "TTTState",
+    "document_places",
     "init_ttt_state",
     "newton_schulz",
+    "packed_minibatch_state",
+    "packed_state",
     "swiglu_minus_grads",
     "to_linear_attention",
     "ttt",
@@ -40,9 +51,11 @@ __all__ = [
     "ttt_linear",
     "ttt_linear_init",
     "ttt_linear_step",
+    "ttt_minibatch_packed",
     "ttt_mlp",
     "ttt_mlp_init",
     "ttt_mlp_step",
+    "ttt_packed",
     "ttt_step",
     "vittt_dwconv",
     "vittt_glu",

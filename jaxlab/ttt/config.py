@@ -2,7 +2,7 @@
 
 import dataclasses
 import operator
-from typing import Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 from jaxtyping import Array, Float
 
@@ -43,24 +43,31 @@ class InnerConfig:
     """The inner optimisation: net, loss, which matrices move, in which chunks and by which rule.
 
     Defaults are the language-model operator of LaCT (2505.23884). Hashable, so static under jit;
-    ValueError on construction for a value outside the comment beside it. Which combinations an
+    ValueError on construction for any other value. Which combinations an
     implementation can compute is checked by the function called.
     """
 
-    net: str = "swiglu"  # "swiglu": (silu(x w0) * (x w2)) w1 | "linear": x w1
-    loss: str = "dot"  # "dot": -<f(k), v> | "squared": |f(k) - v|^2 / 2
-    update: tuple[str, ...] = NAMES  # any iterable of matrix names: those that move
-    visibility: str = "exclusive"  # a chunk reads, then learns | "inclusive_chunk" | "token"
-    chunk_size: int = 2048  # part of the model, except for "token"
-    steps: int = 1  # inner steps on a chunk
-    token_rates: bool = True  # False: `rates` is ignored, all are 1
-    momentum: bool = True  # False: `momentum` is ignored
-    orthogonalize: str | None = "lact"  # Newton-Schulz coefficients "lact" | "muon" | None
-    ns_steps: int = 5  # at most 5 for "lact"
-    weight_norm: str | None = "post"  # "post" | "pre" | None
-    detach_norm: bool = False  # True: no gradient through the norms of the initial weights
-    sign: int = 1  # -1: gradient ascent
-    query: str = "q"  # "k": the read-out uses k
+    net: Annotated[Literal["swiglu", "linear"], "(silu(x w0) * (x w2)) w1, or x w1"] = "swiglu"
+    loss: Annotated[Literal["dot", "squared"], "-<f(k), v>, or |f(k) - v|^2 / 2"] = "dot"
+    update: Annotated[tuple[str, ...], "matrices that move; any iterable of names"] = NAMES
+    visibility: Annotated[
+        Literal["exclusive", "inclusive_chunk", "token"],
+        "a chunk reads, then learns; learns, then reads; or token by token",
+    ] = "exclusive"
+    chunk_size: Annotated[int, "tokens a chunk: part of the model, except for token"] = 2048
+    steps: Annotated[int, "inner steps on a chunk"] = 1
+    token_rates: Annotated[bool, "false: rates are ignored, all are 1"] = True
+    momentum: Annotated[bool, "false: the momentum gates are ignored"] = True
+    orthogonalize: Annotated[
+        Literal["lact", "muon"] | None, "coefficients of Newton-Schulz; none: do not"
+    ] = "lact"
+    ns_steps: Annotated[int, "of Newton-Schulz; at most 5 for lact"] = 5
+    weight_norm: Annotated[Literal["post", "pre"] | None, "norms kept after or before the sum"] = (
+        "post"
+    )
+    detach_norm: Annotated[bool, "no gradient through the norms of the initial weights"] = False
+    sign: Annotated[int, "1: descent, -1: ascent"] = 1
+    query: Annotated[Literal["q", "k"], "what the read-out uses"] = "q"
 
     def __post_init__(self):
         try:

@@ -68,7 +68,7 @@ def layers_of(params: Params) -> Layers:
     return ((params.w1, params.b1),)
 
 
-def _with_layers(params: Params, layers: Layers) -> Params:
+def with_layers(params: Params, layers: Layers) -> Params:
     flat = (x for layer in layers for x in layer)
     return params._replace(**dict(zip(params._fields, flat, strict=False)))
 
@@ -82,7 +82,7 @@ def _norm_of(params: Params) -> tuple[jax.Array, jax.Array]:
     return params.gamma[:, None], params.beta[:, None]
 
 
-def _inner(params: Params, k, v, eps: float) -> tuple[list[jax.Array], list[jax.Array]]:
+def inner_gradients(params: Params, k, v, eps: float) -> tuple[list[jax.Array], list[jax.Array]]:
     """Of each layer its inputs, and the gradients of |LN(net(k)) - (v - k)|^2 / 2 at its outputs."""
     layers, (gamma, beta) = layers_of(params), _norm_of(params)
     inputs, pulls = [k], []
@@ -100,7 +100,7 @@ def _inner(params: Params, k, v, eps: float) -> tuple[list[jax.Array], list[jax.
     return inputs, grads
 
 
-def _output(params: Params, q, z, static: Static) -> jax.Array:
+def output(params: Params, q, z, static: Static) -> jax.Array:
     gamma, beta = _norm_of(params)
     return (q if static.residual == "query" else z) + gamma * _standardise(z, static.eps)[0] + beta
 
@@ -108,7 +108,7 @@ def _output(params: Params, q, z, static: Static) -> jax.Array:
 def dual(static: Static, params: Params, chunk) -> tuple[Params, jax.Array]:
     """(params after a mini-batch, its outputs) without weights per token."""
     q, k, v, rate_in, rate_out = chunk
-    inputs, grads = _inner(params, k, v, static.eps)
+    inputs, grads = inner_gradients(params, k, v, static.eps)
     eta = jnp.tril(rate_out[..., :, None] * rate_in[..., None, :])
     last = eta[..., -1, :, None]
     x = z = q
@@ -117,14 +117,14 @@ def dual(static: Static, params: Params, chunk) -> tuple[Params, jax.Array]:
         x = gelu(z) if layers else q
         z = x @ w - (eta * (x @ jnp.swapaxes(y, -1, -2))) @ g + b - eta @ g
         layers.append((w - outer_sum(last * y, g), b - jnp.sum(last * g, -2, keepdims=True)))
-    return _with_layers(params, tuple(layers)), _output(params, q, z, static)
+    return with_layers(params, tuple(layers)), output(params, q, z, static)
 
 
 def commit(state: MiniBatchState) -> Params:
     """Parameters after the open mini-batch, learnt with its last rate_out."""
     rate = state.rate_out[..., None, None]
     layers = jax.tree.map(lambda w, s: w - rate * s, layers_of(state.params), state.sums)
-    return _with_layers(state.params, layers)
+    return with_layers(state.params, layers)
 
 
 def step(static: Static, state: MiniBatchState, token) -> tuple[MiniBatchState, jax.Array]:
@@ -133,7 +133,7 @@ def step(static: Static, state: MiniBatchState, token) -> tuple[MiniBatchState, 
     rate_in, rate_out = (x[..., None, None] for x in token[3:])
     full = state.count == static.chunk_size
     params = jax.tree.map(lambda new, old: jnp.where(full, new, old), commit(state), state.params)
-    inputs, grads = _inner(params, k, v, static.eps)
+    inputs, grads = inner_gradients(params, k, v, static.eps)
     sums, x = [], q
     z = q
     for (w, b), (dw, db), y, g in zip(layers_of(params), state.sums, inputs, grads, strict=True):
@@ -144,4 +144,4 @@ def step(static: Static, state: MiniBatchState, token) -> tuple[MiniBatchState, 
         sums.append((dw, db))
     count = jnp.where(full, 0, state.count) + 1
     state = MiniBatchState(params, tuple(sums), token[4], count.astype(state.count.dtype))
-    return state, _output(params, q, z, static)[..., 0, :]
+    return state, output(params, q, z, static)[..., 0, :]

@@ -25,7 +25,7 @@ from jaxlab.ttt.minibatch import (
 from jaxlab.varying import vary_like
 
 
-def _checked_params(kind, params, batch: int, h: int, f: int, wide) -> Params:
+def checked_params(kind, params, batch: int, h: int, f: int, wide) -> Params:
     """`params` of `kind` as arrays of type `wide`, weights and biases with the batch in front."""
     if not isinstance(params, kind):
         raise TypeError(f"params is a {type(params).__name__}; it must be {kind.__name__}")
@@ -48,12 +48,12 @@ def _init(kind, params, batch: int) -> MiniBatchState:
     if jnp.ndim(params.gamma) != 2:
         raise ValueError(f"params.gamma has shape {jnp.shape(params.gamma)}; expected (H, f)")
     (h, f), wide = jnp.shape(params.gamma), wide_type(jnp.asarray(params.w1))
-    params = _checked_params(kind, params, batch, h, f, wide)
+    params = checked_params(kind, params, batch, h, f, wide)
     sums = jax.tree.map(jnp.zeros_like, layers_of(params))
     return MiniBatchState(params, sums, jnp.zeros((batch, h), wide), jnp.zeros((), jnp.int32))
 
 
-def _checked_tokens(static: Static, q, k, v, rate_in, rate_out, layout: str):
+def checked_tokens(static: Static, q, k, v, rate_in, rate_out, layout: str):
     check_count("chunk_size", static.chunk_size, 1)
     check_choice("residual", static.residual, "query", "output")
     q, k, v = check_tokens(q, k, v, layout)
@@ -70,9 +70,9 @@ def _checked_tokens(static: Static, q, k, v, rate_in, rate_out, layout: str):
 
 def _run(static: Static, impl: str, q, k, v, params, rate_in, rate_out) -> tuple[jax.Array, Any]:
     check_choice("impl", impl, "dual", "primal")
-    tokens, out_type = _checked_tokens(static, q, k, v, rate_in, rate_out, "B T H f")
+    tokens, out_type = checked_tokens(static, q, k, v, rate_in, rate_out, "B T H f")
     (b, t, h, f), wide = tokens[0].shape, tokens[0].dtype
-    given = _checked_params(static.kind, params, b, h, f, wide)
+    given = checked_params(static.kind, params, b, h, f, wide)
     params = jax.tree.map(lambda x: vary_like(x, tokens, given), given)
     if impl == "primal":
         state = jax.tree.map(lambda x: vary_like(x, tokens, given), _init(static.kind, params, b))
@@ -97,9 +97,9 @@ def _run(static: Static, impl: str, q, k, v, params, rate_in, rate_out) -> tuple
 
 
 def _token(static: Static, state: MiniBatchState, q, k, v, rate_in, rate_out):
-    token, out_type = _checked_tokens(static, q, k, v, rate_in, rate_out, "B H f")
+    token, out_type = checked_tokens(static, q, k, v, rate_in, rate_out, "B H f")
     (b, h, f), wide = token[0].shape, token[0].dtype
-    params = _checked_params(static.kind, state.params, b, h, f, wide)
+    params = checked_params(static.kind, state.params, b, h, f, wide)
     check_shape("state.rate_out", state.rate_out, (b, h))
     moved, out = step(static, state._replace(params=params), token)
     return jax.tree.map(lambda x, like: x.astype(like.dtype), moved, state), out.astype(out_type)

@@ -2,8 +2,10 @@
 
 from sharding.context.checks import LAYOUTS, METHODS, ContextConfig, check_context
 from sharding.context.layer import attention_layer, context_attention
+from sharding.context.linear import context_recurrence
 from sharding.context.prefix import halo_exchange, prefix_state_exchange
 from sharding.context.schedule import HeadSchedule, head_schedule, legal_heads_per_stage
+from sharding.context.ttt import context_ttt
 from sharding.context.zigzag import zigzag_permutation, zigzag_shard, zigzag_unshard
 
 __all__ = [
@@ -14,6 +16,8 @@ __all__ = [
     "attention_layer",
     "check_context",
     "context_attention",
+    "context_recurrence",
+    "context_ttt",
     "halo_exchange",
     "head_schedule",
     "legal_heads_per_stage",

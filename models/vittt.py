@@ -1,0 +1,106 @@
+"""ViTTT image classifier: blocks of a ViTTT mixer and an MLP (ViTTT, 2512.01643)."""
+
+import dataclasses
+from typing import Annotated, Any, Literal
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+from jaxtyping import Array, Float
+
+from jaxlab.ttt.vittt import depthwise
+from models.layers import constant, linear, weight
+from models.ttt import LayerNorm, ViTTTMixer
+from sharding.rules import constrain
+
+
+@dataclasses.dataclass(frozen=True)
+class ViTTTConfig:
+    """Shape of a classifier of square grey images."""
+
+    classes: Annotated[int, "classes to tell apart"] = 10
+    image: Annotated[int, "pixels a side"] = 28
+    patch: Annotated[int, "pixels a side of a token; divides image"] = 4
+    layers: Annotated[int, "number of blocks"] = 3
+    d_model: Annotated[int, "width of a token"] = 64
+    heads: Annotated[int, "heads of the mixer; divides d_model"] = 4
+    mlp: Annotated[int, "hidden width of the MLP"] = 256
+    dtype: Annotated[Literal["auto", "float32", "bfloat16"], "compute type; auto: f32 on CPU"] = (
+        "auto"
+    )
+    param_dtype: Annotated[Literal["float32", "bfloat16"], "type of the parameters"] = "float32"
+
+    def check(self, mesh_sizes: dict[str, int]) -> None:
+        """ValueError for what cannot be built, naming the field and what is allowed."""
+        for name in ("classes", "image", "patch", "layers", "d_model", "heads", "mlp"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"model.{name}={getattr(self, name)} must be at least 1")
+        if self.image % self.patch:
+            raise ValueError(f"model.patch={self.patch} must divide model.image={self.image}")
+        if self.d_model % self.heads:
+            raise ValueError(f"model.heads={self.heads} must divide model.d_model={self.d_model}")
+
+    def inputs(self, batch: dict[str, jax.ShapeDtypeStruct]) -> tuple[jax.ShapeDtypeStruct, ...]:
+        """What `init` is traced with, one image of a batch of this kind."""
+        images = batch["images"]
+        return (jax.ShapeDtypeStruct((1, *images.shape[1:]), images.dtype),)
+
+    def build(self, platform: str) -> "ViTTT":
+        """The module, with `dtype='auto'` settled for `platform` (cpu, gpu, tpu)."""
+        dtype = self.dtype
+        if dtype == "auto":
+            dtype = "float32" if platform == "cpu" else "bfloat16"
+        return ViTTT(dataclasses.replace(self, dtype=dtype))
+
+
+class ViTTTBlock(nn.Module):
+    """A 3x3 depthwise convolution that tells positions, the mixer, an MLP: all residual."""
+
+    config: Any
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b t d"], _=None) -> tuple[Float[Array, "b t d"], None]:
+        c = self.config
+        d, kind, side = c.d_model, c.param_dtype, c.image // c.patch
+        norm = lambda name: LayerNorm(1e-6, kind, name=name)  # noqa: E731
+        x = constrain(x, "batch", None, "act_embed")
+        kernel = weight(self, "position", (d, 3, 3), ("embed", None, None), 0.1, kind)
+        maps = depthwise(rearrange(x, "b (y x) d -> b y x d", y=side), kernel.astype(x.dtype))
+        x = x + rearrange(maps, "b y x d -> b (y x) d")
+        mixer = ViTTTMixer(
+            d, c.heads, depth=c.layers, dtype=c.dtype, param_dtype=kind, name="mixer"
+        )
+        x = x + mixer(norm("mixer_norm")(x), grid=(side, side))
+        up = linear(self, "w_up", (d, c.mlp), ("embed", "mlp"), d**-0.5, kind)
+        std = (c.mlp * 2 * c.layers) ** -0.5
+        down = linear(self, "w_down", (c.mlp, d), ("mlp", "embed"), std, kind)
+        return x + down(jax.nn.gelu(up(norm("mlp_norm")(x)))), None
+
+
+class ViTTT(nn.Module):
+    """Patches, blocks scanned over stacked parameters, the mean over tokens, logits in float32."""
+
+    config: ViTTTConfig
+
+    @nn.compact
+    def __call__(self, images: Float[Array, "b y x"]) -> Float[Array, "b v"]:
+        """Logits of grey images."""
+        c, kind = self.config, self.config.param_dtype
+        if images.shape[1:] != (c.image, c.image):
+            raise ValueError(f"images {images.shape} must be [b, {c.image}, {c.image}]")
+        x = rearrange(images, "b (y p) (x q) -> b (y x) (p q)", p=c.patch, q=c.patch)
+        size = (c.patch**2, c.d_model)
+        x = linear(self, "patches", size, (None, "embed"), 1 / c.patch, kind)(x.astype(c.dtype))
+        blocks = nn.scan(
+            ViTTTBlock,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            length=c.layers,
+            metadata_params={nn.PARTITION_NAME: "layers"},
+        )
+        x, _ = blocks(c, name="blocks")(x, None)
+        x = jnp.mean(LayerNorm(1e-6, kind, name="norm")(x).astype(jnp.float32), 1)
+        std = c.d_model**-0.5
+        logits = linear(self, "head", (c.d_model, c.classes), ("embed", None), std, kind)(x)
+        return logits + constant(self, "bias", (c.classes,), 0.0, kind)

@@ -1,0 +1,63 @@
+"""Where functions of [b, t, h, ...] run on a mesh: rows, tokens and heads split, one `shard_map`."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+from jax.sharding import PartitionSpec as P
+
+from jaxlab.ttt import FastWeights
+
+
+class Place(NamedTuple):
+    """A mesh as these functions see it: axes that split rows, tokens and heads."""
+
+    mesh: Any
+    rows: tuple[str, ...]
+    tokens: tuple[str, ...]
+    heads: tuple[str, ...]
+
+    def size(self, axes: tuple[str, ...]) -> int:
+        """Devices along `axes`."""
+        size = 1
+        for axis in axes:
+            size *= self.mesh.shape[axis]
+        return size
+
+    def shard(self, body: Callable, *args: Any) -> jax.Array:
+        """`body` on every device, of arrays [b, t, h, ...], [b, t] or FastWeights."""
+        tokens = P(self.rows, self.tokens, self.heads)
+
+        def spec(x):
+            if isinstance(x, FastWeights):
+                whole = (self.rows, self.heads)
+                return jax.tree.map(lambda w: P(*whole[4 - w.ndim :]), x)
+            return None if x is None else P(*tokens[: min(x.ndim, 3)])
+
+        run = jax.shard_map(body, mesh=self.mesh, in_specs=tuple(map(spec, args)), out_specs=tokens)
+        return run(*args)
+
+
+def find_place(mesh: Any) -> Place | None:
+    """The place of `mesh` or, if None, of `jax.set_mesh`'s; None where no sequence is split."""
+    mesh = jax.sharding.get_abstract_mesh() if mesh is None else mesh
+    if mesh.empty:
+        return None
+    group = lambda *axes: tuple(axis for axis in axes if axis in mesh.axis_names)  # noqa: E731
+    split = tuple(axis for axis in group("ring", "context") if mesh.shape[axis] > 1)
+    return Place(mesh, group("data", "fsdp"), split, group("tensor")) if split else None
+
+
+def check_divides(place: Place, b: int, t: int, h: int) -> None:
+    """ValueError, naming the nearest sizes that would do, unless the mesh divides [b, t, h]."""
+    for name, size, axes in (
+        ("batch", b, place.rows),
+        ("length", t, place.tokens),
+        ("heads", h, place.heads),
+    ):
+        ways = place.size(axes)
+        if size % ways:
+            raise ValueError(
+                f"{name} {size} is not divisible by {' * '.join(axes)} = {ways}; "
+                f"nearest that are: {max(size // ways, 1) * ways}, {(size // ways + 1) * ways}"
+            )
