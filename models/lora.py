@@ -38,6 +38,7 @@ __all__ = [
     "lora_scale",
     "lora_stack",
     "lora_unmerge",
+    "merged",
     "sides_of",
 ]
 
@@ -140,6 +141,13 @@ class LoraModule(NamedTuple):
         return self.base.apply(
             variables | {"params": params["base"], "lora": lora}, *args, **kwargs
         )
+
+
+def merged(model: Any, params: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """(model configuration, parameters) of equal outputs without adapters; other models as they are."""
+    if not isinstance(model, Lora):
+        return model, params
+    return model.base, lora_merge(params["base"], params["lora"], alpha=model.alpha)
 
 
 def _names(box: Any) -> tuple[str | None, ...]:

@@ -220,13 +220,14 @@ def sample(args: argparse.Namespace, presets: Mapping[str, Preset]) -> int:
     import jax
 
     from models.decoder import unroll
+    from models.lora import merged
     from train.data.tokenizers import load_tokenizer
     from train.report import print_rows
     from train.writer import Writer
 
-    module = run.model.build(program.mesh.devices.flat[0].platform)
     with jax.set_mesh(program.mesh):
-        module, params = unroll(module, params)
+        model, params = merged(run.model, params)
+        module, params = unroll(model.build(program.mesh.devices.flat[0].platform), params)
         writer = Writer(
             module, load_tokenizer(run.source.tokenizer), prompts, tokens=args.tokens,
             samples=args.n, sampling=sampling, stop=args.stop, piece=8,

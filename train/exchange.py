@@ -9,9 +9,8 @@ import flax.linen as nn
 import jax
 from jax.experimental import multihost_utils
 
-from jaxlab.lora import lora_merge
 from models import hf
-from models.lora import FROZEN_BASE, Lora, LoraModule
+from models.lora import FROZEN_BASE, Lora, LoraModule, merged
 from models.peft import load_adapter, save_adapter
 from train import trainer
 from train.checkpoint import Checkpoints, check_space, state_bytes
@@ -143,13 +142,11 @@ def export_hf(checkpoint: Path, folder: Path, dtype: str | None = None, merge: b
     got = trainer.restore(build(run), checkpoints, step)
     checkpoints.close()
     params = got.state.ema if run.optimizer.ema else got.state.params
-    model, what = run.model, "model"
-    if isinstance(model, Lora) and not merge:
-        save_adapter(params["lora"], model, folder)
+    if isinstance(run.model, Lora) and not merge:
+        save_adapter(params["lora"], run.model, folder)
         return f"{folder}: adapter of {where} at step {got.step}, for peft.PeftModel"
-    if isinstance(model, Lora):
-        params = lora_merge(params["base"], params["lora"], alpha=model.alpha)
-        model, what = model.base, "model with its adapter merged"
+    model, params = merged(run.model, params)
+    what = "model with its adapter merged" if merge else "model"
     hf.save(params, model, folder, dtype=dtype)
     for name in TOKENIZER:
         if (where / name).is_file():
