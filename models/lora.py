@@ -74,6 +74,10 @@ class Lora:
             raise ValueError(str(error).replace("model.", "model.base.")) from None
         if self.rank < 1:
             raise ValueError(f"model.rank={self.rank} must be at least 1")
+        if self.rank > self.base.d_model:
+            raise ValueError(
+                f"model.rank={self.rank} must be at most model.base.d_model={self.base.d_model}"
+            )
         if not self.alpha > 0:
             raise ValueError(f"model.alpha={self.alpha} must be positive")
         try:
