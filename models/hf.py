@@ -60,7 +60,7 @@ class Directory:
         index = self.folder / INDEX
         if index.is_file():
             weight_map = read_json(index).get("weight_map")
-            names = list(weight_map.values()) if isinstance(weight_map, dict) else [None]
+            names: list[Any] = [*weight_map.values()] if isinstance(weight_map, dict) else [None]
             if strange := [n for n in names if not isinstance(n, str) or Path(n).name != n]:
                 raise ValueError(
                     f"{index}: weight_map must name files of the folder, not {strange[0]}"
@@ -117,7 +117,7 @@ class Directory:
             return False
         for start in range(0, self.config.vocab, 4096):  # rows, to hold little
             rows = (slice(start, min(start + 4096, self.config.vocab)),)
-            if not np.array_equal(*(self.read(name, rows) for name in names)):
+            if not np.array_equal(self.read(names[0], rows), self.read(names[1], rows)):
                 return False
         return True
 
