@@ -68,7 +68,10 @@ def main() -> None:
             "JAX_PLATFORMS": "cpu",
             "PYTHONPATH": f"{root}:{os.environ.get('PYTHONPATH', '')}",
         }
-        subprocess.run([*command, "--run-dir", str(Path(place) / "run")], check=True, env=env)
+        # The run holds the type of the files, so that sizes compare.
+        fields = ["model.param_dtype=bfloat16", "source.tokenizer=bytes"]
+        run = ["--run-dir", str(Path(place) / "run")]
+        subprocess.run([*command, *run, *fields], check=True, env=env)
         seconds = time.perf_counter() - start
         peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
     figures = {

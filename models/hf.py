@@ -1,12 +1,13 @@
 """Weights of Llama and Qwen3 from and to Hugging Face directories, shard by shard.
 
 Reading, each device's part of a parameter is assembled from slices of the files in memory the device
-then owns: the host holds the model once. Writing, one file of bounded size is held at a time.
+then owns: the host holds the model once, whatever the mesh. Writing, one file of bounded size is held
+at a time.
 """
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,11 @@ import numpy as np
 from jaxlab.lora import flatten, unflatten
 from models.decoder import DecoderConfig
 from models.hf_names import Entry, decoder_config, entries, hf_config
+from models.json_object import read_json
 
 DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
-INDEX = "model.safetensors.index.json"
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+EMBEDDING = "model.embed_tokens.weight"
 
 
 def safetensors() -> Any:
@@ -44,10 +47,10 @@ class Directory:
         path = self.folder / "config.json"
         if not path.is_file():
             raise FileNotFoundError(f"{folder} is no Hugging Face directory: it has no config.json")
+        self.json = read_json(path)
         try:
-            self.json = json.loads(path.read_text(encoding="utf-8"))
             self.config = decoder_config(self.json)
-        except (json.JSONDecodeError, ValueError, TypeError) as error:
+        except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
         self.found = self._scan()
         self._verify()
@@ -56,10 +59,17 @@ class Directory:
         """{tensor: (file, shape, type)} of every file, from their headers."""
         index = self.folder / INDEX
         if index.is_file():
-            weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-            files = [self.folder / name for name in sorted(set(weight_map.values()))]
+            weight_map = read_json(index).get("weight_map")
+            names: list[Any] = [*weight_map.values()] if isinstance(weight_map, dict) else [None]
+            if strange := [n for n in names if not isinstance(n, str) or Path(n).name != n]:
+                raise ValueError(
+                    f"{index}: weight_map must name files of the folder, not {strange[0]}"
+                )
+            files = [self.folder / name for name in sorted(set(names))]
             if gone := [str(f.name) for f in files if not f.is_file()]:
                 raise FileNotFoundError(f"{index} names files that are not there: {gone}")
+            if (self.folder / SINGLE).is_file() and SINGLE not in names:
+                raise ValueError(f"{self.folder} has both {SINGLE} and {INDEX}: take one away")
         else:
             files = sorted(self.folder.glob("*.safetensors"))
         if not files:
@@ -69,6 +79,9 @@ class Directory:
             try:
                 with safetensors().safe_open(str(file), framework="np") as handle:
                     for name in handle.keys():  # noqa: SIM118  (the handle is no mapping)
+                        if name in found:
+                            twice = f"{found[name][0].name} and {file.name}"
+                            raise ValueError(f"{self.folder}: {name} is in two files, {twice}")
                         part = handle.get_slice(name)
                         found[name] = (file, tuple(part.get_shape()), part.get_dtype())
             except safetensors().SafetensorError as error:
@@ -93,12 +106,37 @@ class Directory:
             raise ValueError(
                 f"{self.folder} does not hold the model of its config.json:\n  {lines}"
             )
+        if self.config.tied and "lm_head.weight" in self.found and not self._head_is_embedding():
+            raise ValueError(
+                f"{self.folder}: tie_word_embeddings is true, but lm_head.weight is not the embedding"
+            )
+
+    def _head_is_embedding(self) -> bool:
+        names = ("lm_head.weight", EMBEDDING)
+        if self.found[names[0]][1] != self.found[names[1]][1]:
+            return False
+        for start in range(0, self.config.vocab, 4096):  # rows, to hold little
+            rows = (slice(start, min(start + 4096, self.config.vocab)),)
+            if not np.array_equal(self.read(names[0], rows), self.read(names[1], rows)):
+                return False
+        return True
 
     @property
     def dtype(self) -> str:
-        """Type of the first matrix; float16 counts as float32, which parameters may have."""
-        name = DTYPES[self.found["model.embed_tokens.weight"][2]]
-        return "float32" if name == "float16" else name
+        """bfloat16 where every matrix is; else float32, which holds all types exactly."""
+        kinds = {self.found[n][2] for e in entries(self.config) if e.sides for n in e.names}
+        kinds.add(self.found[EMBEDDING][2])
+        return "bfloat16" if kinds == {"BF16"} else "float32"
+
+    @property
+    def parameters(self) -> int:
+        """Number of values."""
+        return sum(math.prod(e.shape) for e in entries(self.config))
+
+    @property
+    def max_positions(self) -> int | None:
+        """Length the model was made for, where config.json says it."""
+        return self.json.get("max_position_embeddings")
 
     def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
         """A slice of one tensor. The file is opened for it alone, so that no page stays mapped."""
@@ -109,14 +147,19 @@ class Directory:
 def load(directory: Directory, abstract: dict[str, Any]) -> dict[str, Any]:
     """Parameters placed as `abstract` (shapes, types, shardings) asks, read from the files.
 
-    Every process reads what its own devices hold.
+    Every process reads what its own devices hold, once for replicas.
     """
     flat, out = flatten(abstract), {}
     for entry in entries(directory.config):
         leaf = flat[entry.path]
 
-        def part(index, entry=entry, dtype=leaf.dtype):
-            return _assemble(directory, entry, index, dtype)
+        made: dict[tuple, np.ndarray] = {}
+
+        def part(index, entry=entry, dtype=leaf.dtype, made=made):
+            key = tuple((s.start, s.stop) for s in index)
+            if key not in made:
+                made[key] = _assemble(directory, entry, index, dtype)
+            return made[key]
 
         out[entry.path] = jax.make_array_from_callback(leaf.shape, leaf.sharding, part)
     return unflatten(out)
@@ -163,8 +206,10 @@ def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     return buffer[start : start + size].view(dtype).reshape(shape)
 
 
-def tensors(params: Mapping[str, Any], config: DecoderConfig) -> Iterator[tuple[str, Any]]:
-    """(name, function that fetches the array in their layout) of every tensor, layer by layer."""
+def tensors(
+    params: Mapping[str, Any], config: DecoderConfig
+) -> Iterator[tuple[str, Entry, Callable[[], np.ndarray]]]:
+    """(name, its entry, function that fetches it in their layout) of every tensor, layer by layer."""
     flat = flatten(dict(params))
     for entry in entries(config):
         for layer, name in enumerate(entry.names):
@@ -177,7 +222,7 @@ def tensors(params: Mapping[str, Any], config: DecoderConfig) -> Iterator[tuple[
                     value = value.reshape(math.prod(value.shape[:n]), -1).T
                 return np.ascontiguousarray(value)
 
-            yield name, (entry, fetch)
+            yield name, entry, fetch
 
 
 def save(
@@ -188,10 +233,12 @@ def save(
     dtype: str | None = None,
     shard_bytes: int = 4 * 2**30,
     max_positions: int = 32_768,
+    extra: Mapping[str, Any] | None = None,
 ) -> None:
     """Writes config.json and the weights, in files of at most `shard_bytes` (and one tensor at least).
 
-    `dtype` None keeps the type of the parameters. ValueError, before anything is written, for a folder
+    `dtype` None keeps the type of the parameters; `extra` has further fields of config.json, where
+    those of the decoder win. ValueError, before anything is written, for a folder
     that is not empty, for parameters that are not the configuration's or for a decoder without a form
     there.
     """
@@ -211,7 +258,7 @@ def save(
     kind = jnp.dtype(dtype or flat["embedding"].dtype)
     shards: list[list[tuple[str, Any]]] = [[]]
     held = 0
-    for name, (entry, fetch) in tensors(params, config):
+    for name, entry, fetch in tensors(params, config):
         size = math.prod(entry.hf_shape) * kind.itemsize
         if shards[-1] and held + size > shard_bytes:
             shards.append([])
@@ -222,16 +269,26 @@ def save(
     weight_map = {}
     total = sum(math.prod(s) for s in shapes.values()) * kind.itemsize
     for i, shard in enumerate(shards, 1):
-        file = "model.safetensors"
+        file = SINGLE
         if len(shards) > 1:
             file = f"model-{i:05}-of-{len(shards):05}.safetensors"
         arrays = {name: fetch().astype(kind) for name, fetch in shard}
-        safetensors().numpy.save_file(arrays, str(folder / file), metadata={"format": "pt"})
+        write_tensors(arrays, folder / file)
         weight_map |= dict.fromkeys(arrays, file)
     if len(shards) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         _write(folder / INDEX, index)
-    _write(folder / "config.json", hf_config(config, kind.name, max_positions))
+    # `dtype` would be a second name of torch_dtype.
+    besides = {k: v for k, v in (extra or {}).items() if k not in ("dtype", "_name_or_path")}
+    _write(folder / "config.json", besides | hf_config(config, kind.name, max_positions))
+
+
+def write_tensors(arrays: dict[str, np.ndarray], path: Path) -> None:
+    """A safetensors file; OSError when the disk does not take it."""
+    try:
+        safetensors().numpy.save_file(arrays, str(path), metadata={"format": "pt"})
+    except safetensors().SafetensorError as error:
+        raise OSError(f"{path} cannot be written: {error}") from error
 
 
 def refuse_occupied(folder: Path) -> None:

@@ -92,69 +92,111 @@ def decoder_config(config: dict[str, Any]) -> DecoderConfig:
     Reads both forms of rotary settings (`rope_theta` with `rope_scaling`, and `rope_parameters`).
     ValueError naming the field for everything this decoder does not compute.
     """
-    names = config.get("architectures") or [None]
-    if len(names) != 1 or names[0] not in ARCHITECTURES:
+    names = config.get("architectures")
+    if not isinstance(names, list) or len(names) != 1 or names[0] not in list(ARCHITECTURES):
         raise ValueError(f"architectures={names} is not one of {list(ARCHITECTURES)}")
     for name, legal in (
         ("hidden_act", ("silu", "swish")), ("attention_bias", (False,)), ("mlp_bias", (False,)),
         ("use_sliding_window", (False,)), ("pretraining_tp", (1,)), ("quantization_config", ()),
         ("partial_rotary_factor", (1.0,)),
     ):  # fmt: skip
-        if config.get(name) is not None and config[name] not in legal:
+        if config.get(name) is not None and config[name] not in list(legal):
             allowed = f"must be {' or '.join(map(repr, legal))}" if legal else "must be absent"
             raise ValueError(f"{name}={config[name]!r} is not supported, it {allowed}")
-    kinds = sorted(set(config.get("layer_types") or ["full_attention"]))
-    if kinds != ["full_attention"]:
+    kinds = config.get("layer_types") or ["full_attention"]
+    if kinds != ["full_attention"] * len(kinds):
         raise ValueError(f"layer_types has {kinds}, supported is full_attention only")
     if names[0] == "LlamaForCausalLM" and config.get("sliding_window") is not None:
         raise ValueError(f"sliding_window={config['sliding_window']} is not supported")
-    fields = ("vocab_size", "num_hidden_layers", "hidden_size", "num_attention_heads",
+    needed = ("vocab_size", "num_hidden_layers", "hidden_size", "num_attention_heads",
               "intermediate_size")  # fmt: skip
-    if missing := [f for f in fields if not isinstance(config.get(f), int)]:
-        raise ValueError(f"config.json has no integer for {', '.join(missing)}")
+    optional = ("num_key_value_heads", "head_dim", "max_position_embeddings")
+    for name in (*needed, *(n for n in optional if config.get(n) is not None)):
+        positive(name, config.get(name), int)
     heads, qwen = config["num_attention_heads"], names[0] == "Qwen3ForCausalLM"
+    kv_heads = config.get("num_key_value_heads") or heads
+    if heads % kv_heads:
+        raise ValueError(f"num_key_value_heads={kv_heads} must divide num_attention_heads={heads}")
+    head_dim = config.get("head_dim") or (128 if qwen else config["hidden_size"] // heads)
+    if head_dim % 2 or not head_dim:
+        raise ValueError(f"head_dim={head_dim} must be even and positive (rotary positions)")
     theta, scaling = _rope(config)
     return DecoderConfig(
         vocab=config["vocab_size"],
         layers=config["num_hidden_layers"],
         d_model=config["hidden_size"],
         heads=heads,
-        kv_heads=config.get("num_key_value_heads") or heads,
-        head_dim=config.get("head_dim") or (128 if qwen else config["hidden_size"] // heads),
+        kv_heads=kv_heads,
+        head_dim=head_dim,
         mlp=config["intermediate_size"],
         qk_norm=qwen,
         tied=bool(config.get("tie_word_embeddings", False)),
         rope_theta=theta,
         rope_scaling=scaling,
-        norm_eps=float(config.get("rms_norm_eps", 1e-6)),
+        norm_eps=positive("rms_norm_eps", config.get("rms_norm_eps", 1e-6), float),
     )
 
 
+def positive(name: str, value: Any, kind: type[int] | type[float]) -> Any:
+    """`value` as an int or a float; ValueError, naming the field, when it is none or not above 0."""
+    fits = isinstance(value, int if kind is int else int | float) and not isinstance(value, bool)
+    if not fits or not 0 < value < math.inf:
+        what = "integer" if kind is int else "finite number"
+        raise ValueError(f"{name}={value!r} must be a positive {what}")
+    return kind(value)
+
+
 def _rope(config: dict[str, Any]) -> tuple[float, Scaling | None]:
-    rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
-    theta = float(rope.pop("rope_theta", None) or config.get("rope_theta") or 10_000.0)
-    first, second = rope.pop("rope_type", None), rope.pop("type", None)
-    kind = first or second or "default"
-    if kind == "default":
-        return theta, None
-    if kind not in SCALINGS:
+    forms = {
+        n: _settings(n, config[n]) for n in ("rope_parameters", "rope_scaling") if config.get(n)
+    }
+    thetas = [form.pop("rope_theta", None) for form in forms.values()] + [config.get("rope_theta")]
+    thetas = [t for t in thetas if t is not None]
+    if any(t != thetas[0] for t in thetas):
+        raise ValueError(f"rope_theta is given as {' and as '.join(map(str, thetas))}")
+    if len(forms) == 2 and forms["rope_parameters"] != forms["rope_scaling"]:
+        raise ValueError("rope_parameters and rope_scaling contradict each other: keep one of them")
+    theta = positive("rope_theta", thetas[0] if thetas else 10_000.0, float)
+    rope = next(iter(forms.values()), {})
+    kind = rope.pop("rope_type", "default")
+    if kind != "default" and kind not in SCALINGS:
         raise ValueError(f"rope_type={kind!r} is not one of default, {', '.join(SCALINGS)}")
-    cls = SCALINGS[kind]
-    known = {f.name for f in dataclasses.fields(cls)}
-    if kind in ("llama3", "yarn"):
-        rope.setdefault(
-            "original_max_position_embeddings", config.get("max_position_embeddings", 8192)
-        )
-    rope = {k: v for k, v in rope.items() if v is not None}
+    cls = SCALINGS.get(kind)
+    known = {f.name for f in dataclasses.fields(cls)} if cls else set()
     if extra := sorted(set(rope) - known):
         raise ValueError(f"rope_type={kind!r} with {', '.join(extra)} is not supported")
+    if cls is None:
+        return theta, None
     if "factor" not in rope:
         raise ValueError(f"rope_type={kind!r} needs a factor")
+    if "original_max_position_embeddings" in known:
+        most = config.get("max_position_embeddings") or 8192
+        rope.setdefault("original_max_position_embeddings", most)
+    for name, value in rope.items():
+        if name == "truncate":
+            if not isinstance(value, bool):
+                raise ValueError(f"truncate={value!r} must be true or false")
+            continue
+        positive(name, value, int if name.startswith("original") else float)
     return theta, cls(**rope)
 
 
+def _settings(name: str, rope: Any) -> dict[str, Any]:
+    """What a rotary setting says, in one spelling: nothing null, nothing neutral."""
+    if not isinstance(rope, dict):
+        raise ValueError(f"{name}={rope!r} must be an object")
+    rope = {k: v for k, v in rope.items() if v is not None}
+    old = rope.pop("type", None)
+    kind = rope.setdefault("rope_type", old or "default")
+    if not isinstance(kind, str):
+        raise ValueError(f"{name}: rope_type={kind!r} must be a name")
+    if rope.get("partial_rotary_factor") == 1.0:
+        del rope["partial_rotary_factor"]
+    return rope
+
+
 def hf_config(c: DecoderConfig, dtype: str, max_positions: int) -> dict[str, Any]:
-    """A config.json that describes the decoder `c`, in the form all versions of `transformers` read.
+    """A config.json of the decoder `c`, rotary settings in the old form and the new.
 
     ValueError for a decoder that is neither a Llama nor a Qwen3.
     """

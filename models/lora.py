@@ -39,6 +39,7 @@ __all__ = [
     "lora_scale",
     "lora_stack",
     "lora_unmerge",
+    "merged",
     "sides_of",
 ]
 
@@ -71,6 +72,10 @@ class Lora:
         self._of_base(self.base.check, mesh_sizes)
         if self.rank < 1:
             raise ValueError(f"model.rank={self.rank} must be at least 1")
+        if self.rank > self.base.d_model:
+            raise ValueError(
+                f"model.rank={self.rank} must be at most model.base.d_model={self.base.d_model}"
+            )
         if not self.alpha > 0:
             raise ValueError(f"model.alpha={self.alpha} must be positive")
         try:
@@ -149,6 +154,13 @@ class LoraModule(NamedTuple):
         return self.base.apply(
             variables | {"params": params["base"], "lora": lora}, *args, **kwargs
         )
+
+
+def merged(model: Any, params: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """(model configuration, parameters) of equal outputs without adapters; other models as they are."""
+    if not isinstance(model, Lora):
+        return model, params
+    return model.base, lora_merge(params["base"], params["lora"], alpha=model.alpha)
 
 
 def _names(box: Any) -> tuple[str | None, ...]:

@@ -10,21 +10,33 @@ import numpy as np
 
 from jaxlab.lora import Sides, pairs, unflatten
 from models.decoder import DecoderConfig
-from models.hf import refuse_occupied, safetensors
-from models.hf_names import Entry, entries
+from models.hf import refuse_occupied, safetensors, write_tensors
+from models.hf_names import Entry, entries, positive
+from models.json_object import read_json
 from models.lora import Lora
 
 WEIGHTS, CONFIG, PREFIX = "adapter_model.safetensors", "adapter_config.json", "base_model.model."
-# What changes the meaning of an adapter and is not computed here, with its harmless values.
-PLAIN: dict[str, tuple[Any, ...]] = {
-    "use_dora": (False,), "bias": ("none",), "rank_pattern": ({},), "alpha_pattern": ({},),
-    "modules_to_save": ([],), "fan_in_fan_out": (False,), "layer_replication": ([],),
-    "target_parameters": ([],), "trainable_token_indices": ([],), "lora_bias": (False,),
+# Fields that are read here, or that change nothing about the tensors and what they compute. Any other
+# changes an adapter in a way that is not computed here, unless it is null, false or empty.
+NEUTRAL = {
+    "peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision",
+    "inference_mode", "r", "lora_alpha", "lora_dropout", "use_rslora", "target_modules",
+    "exclude_modules", "layers_to_transform", "layers_pattern", "megatron_core", "qalora_group_size",
 }  # fmt: skip
+HARMLESS: dict[str, tuple[Any, ...]] = {"bias": ("none",), "init_lora_weights": (True, "gaussian")}
 
 
-def save_adapter(lora: dict[str, Any], model: Lora, folder: Path | str, base: str = "") -> None:
+def save_adapter(
+    lora: dict[str, Any],
+    model: Lora,
+    folder: Path | str,
+    base: str = "",
+    *,
+    dtype: str | None = None,
+) -> None:
     """Writes the adapters of `model` into `folder`; `base` names the base model for PEFT.
+
+    `dtype` None keeps the type of the adapters.
 
     ValueError, before anything is written, for a folder that is not empty or an adapter that does not
     fit the decoder.
@@ -39,7 +51,8 @@ def save_adapter(lora: dict[str, Any], model: Lora, folder: Path | str, base: st
     modules = [m for path, _ in adapted for m in table[path].modules]
     for path, adapter in adapted:
         entry = table[path]
-        a, b = np.asarray(adapter["a"]), np.asarray(adapter["b"])
+        a, b = (np.asarray(x) if dtype is None else np.asarray(x).astype(dtype) for x in
+                (adapter["a"], adapter["b"]))  # fmt: skip
         for i, module in enumerate(entry.modules):
             one, two = (a[i], b[i]) if entry.stacked else (a, b)
             rank = one.shape[-1]
@@ -47,7 +60,7 @@ def save_adapter(lora: dict[str, Any], model: Lora, folder: Path | str, base: st
             arrays[name + "A.weight"] = np.ascontiguousarray(one.reshape(-1, rank).T)
             arrays[name + "B.weight"] = np.ascontiguousarray(two.reshape(rank, -1).T)
     folder.mkdir(parents=True, exist_ok=True)
-    safetensors().numpy.save_file(arrays, str(folder / WEIGHTS), metadata={"format": "pt"})
+    write_tensors(arrays, folder / WEIGHTS)
     short = sorted({m.rpartition(".")[2] for m in modules})
     whole = sum(e.modules[0].rpartition(".")[2] in short for e in table.values()) == len(adapted)
     config = {
@@ -77,16 +90,23 @@ def load_adapter(folder: Path | str, base: DecoderConfig) -> tuple[Lora, dict[st
     for name in (CONFIG, WEIGHTS):
         if not (folder / name).is_file():
             raise FileNotFoundError(f"{folder} is no PEFT adapter: it has no {name}")
-    config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    config = read_json(folder / CONFIG)
     if config.get("peft_type") != "LORA":
         raise ValueError(f"{folder}: peft_type={config.get('peft_type')!r} must be 'LORA'")
-    for name, legal in PLAIN.items():
-        if config.get(name) is not None and config[name] not in legal:
-            raise ValueError(f"{folder}: {name}={config[name]!r} is not supported")
-    rank, alpha = config["r"], float(config["lora_alpha"])
+    for name, value in config.items():
+        if name not in NEUTRAL and value and value not in HARMLESS.get(name, ()):
+            raise ValueError(f"{folder}: {name}={value!r} is not supported")
+    try:
+        rank = positive("r", config.get("r"), int)
+        alpha = positive("lora_alpha", config.get("lora_alpha"), float)
+    except ValueError as error:
+        raise ValueError(f"{folder / CONFIG}: {error}") from error
     if config.get("use_rslora"):
         alpha *= math.sqrt(rank)
-    held = safetensors().numpy.load_file(str(folder / WEIGHTS))
+    try:
+        held = safetensors().numpy.load_file(str(folder / WEIGHTS))
+    except safetensors().SafetensorError as error:
+        raise ValueError(f"{folder / WEIGHTS} is no safetensors file: {error}") from error
     wanted, out, chosen = set(), {}, []
     problems = []
     for path, entry in _matrices(base).items():

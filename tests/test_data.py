@@ -350,6 +350,26 @@ def test_hugging_face_tokenizer(tokenizer):
     assert batch["tokens"].max() < ours.vocab_size == source.vocab_size()
 
 
+@pytest.mark.parametrize(
+    "config, expected",
+    [
+        ({"bos_token": None}, (None, 1)),
+        ({"add_bos_token": False}, (None, 1)),
+        ({"add_bos_token": True, "eos_token": None}, (0, None)),
+    ],
+)
+def test_special_tokens_that_the_configuration_takes_away(tokenizer, config, expected):
+    (tokenizer / "tokenizer_config.json").write_text(json.dumps(config))
+    ours = load_tokenizer(str(tokenizer))
+    assert (ours.bos, ours.eos) == expected
+
+
+def test_a_damaged_tokenizer_configuration_is_named(tokenizer):
+    (tokenizer / "tokenizer_config.json").write_text("[]")
+    with pytest.raises(ValueError, match="tokenizer_config.json must hold a JSON object"):
+        load_tokenizer(str(tokenizer))
+
+
 def test_the_cache_depends_on_the_names_of_special_tokens(tokenizer):
     files, cache = (str(write(tokenizer, ".jsonl")),), tokenizer / "cache"
     firsts = []

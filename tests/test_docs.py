@@ -11,6 +11,9 @@ from pathlib import Path
 import pytest
 
 from configs import presets
+from models.decoder import DecoderConfig
+from tests.test_exchange import tokenizer
+from tests.test_hf import write
 from train.cli import parse, resolve
 
 ROOT = Path(__file__).parent.parent
@@ -29,6 +32,17 @@ def commands(page: Path) -> list[list[str]]:
     lines = "\n".join(blocks(page, "sh")).splitlines()
     found = [shlex.split(line, comments=True) for line in lines]
     return [words[1:] for words in found if words and words[0] == "jaxlab"]
+
+
+def hugging_face_folder(folder: Path) -> None:
+    """DIR, a model of one layer with a tokenizer, and my.jsonl: what a page's commands start from."""
+    config = DecoderConfig(
+        layers=1, d_model=32, heads=2, kv_heads=1, head_dim=16, mlp=48, qk_norm=True
+    )
+    write(folder / "DIR", config)
+    tokenizer(folder / "DIR", 256)
+    text = json.dumps({"text": " ".join(chr(0x4E00 + i) for i in range(1, 100))})
+    (folder / "my.jsonl").write_text("\n".join([text] * 20))
 
 
 def run(arguments, cwd, input="", **env):
@@ -61,17 +75,19 @@ for words in json.load(sys.stdin):
 @pytest.mark.parametrize("page", [p for p in PAGES if commands(p)], ids=lambda p: p.name)
 def test_commands_do_what_they_say(page, tmp_path):
     """In order, in one folder; `make demo` has run before, on a small model."""
+    hugging_face_folder(tmp_path)
     lines = [["train", "demo", *SMALL]]
     for words in commands(page):
         args = parse(words)
-        if page.name == "models.md":  # needs a model's folder: test_hf.py makes one and runs these
-            continue
         if args.command == "compile":  # run by test_plan.py, where libtpu is installed
             resolve(presets(), args.config, args.overrides)
             continue
-        if args.command == "train" and not (args.plan or args.fields):
-            set_here = {field.partition("=")[0] for field in SMALL}
-            words = [*(w for w in words if w.partition("=")[0] not in set_here), *SMALL]
+        trains = args.command == "train" and not (args.plan or args.fields)
+        if trains or args.command == "import":
+            named = trains and args.config in presets()  # else the model is there already
+            small = [field for field in SMALL if named or not field.startswith("model.")]
+            set_here = {field.partition("=")[0] for field in small}
+            words = [*(w for w in words if w.partition("=")[0] not in set_here), *small]
         lines.append(words)
     if len(lines) > 1:
         done = run(["-c", DRIVER], tmp_path, input=json.dumps(lines), JAX_NUM_CPU_DEVICES="1")

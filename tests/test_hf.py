@@ -161,13 +161,81 @@ def test_rotary_settings_in_both_forms(scaling, form):
         ({"rope_parameters": {"rope_type": "longrope"}}, "rope_type='longrope' is not one of"),
         ({"rope_parameters": {"rope_type": "yarn", "factor": 2, "mscale": 1}}, "with mscale"),
         ({"rope_parameters": {"rope_type": "linear"}}, "needs a factor"),
-        ({"vocab_size": None}, "no integer for vocab_size"),
+        ({"rope_parameters": "yarn"}, "rope_parameters='yarn' must be an object"),
+        ({"rope_parameters": None, "rope_scaling": {"factor": 8}}, "'default' with factor"),
+        ({"rope_parameters": {"full_attention": {"rope_theta": 1e4}}}, "with full_attention"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, "contradict each other"),
+        ({"rope_theta": 5e5}, "rope_theta is given as"),
+        ({"rope_parameters": {"rope_type": "linear", "factor": "2"}}, "factor='2' must be"),
+        ({"vocab_size": None}, "vocab_size=None must be a positive integer"),
+        ({"vocab_size": "260"}, "vocab_size='260' must be a positive integer"),
+        ({"num_hidden_layers": -2}, "num_hidden_layers=-2 must be"),
+        ({"num_attention_heads": 0}, "num_attention_heads=0 must be"),
+        ({"num_key_value_heads": 3}, "num_key_value_heads=3 must divide"),
+        ({"head_dim": 15}, "head_dim=15 must be even"),
+        ({"rms_norm_eps": "small"}, "rms_norm_eps='small' must be"),
+        ({"architectures": None}, "architectures=None is not one of"),
     ],
 )
 def test_configurations_that_are_not_computed_are_refused(changes, message, tmp_path):
     write(tmp_path / "m", **changes)
     with pytest.raises(ValueError, match=message):
         hf.Directory(tmp_path / "m")
+
+
+@pytest.mark.parametrize("name", ["config.json", hf.INDEX])
+@pytest.mark.parametrize(
+    "text, message",
+    [("[]", "must hold a JSON object, not list"), ("{", "is not JSON"), ("\xff", "is not JSON")],
+)
+def test_files_without_an_object_are_named(name, text, message, tmp_path):
+    write(tmp_path / "m")
+    (tmp_path / "m" / name).write_bytes(text.encode("latin-1"))
+    with pytest.raises(ValueError, match=f"{name} {message}"):
+        hf.Directory(tmp_path / "m")
+
+
+@pytest.mark.parametrize("weight_map", [None, [], {"a": 1}, {"a": "../model.safetensors"}])
+def test_an_index_names_files_of_its_folder(weight_map, tmp_path):
+    write(tmp_path / "m")
+    (tmp_path / "m" / hf.INDEX).write_text(json.dumps({"weight_map": weight_map}))
+    with pytest.raises(ValueError, match="weight_map must name files of the folder"):
+        hf.Directory(tmp_path / "m")
+
+
+def test_what_is_there_twice_is_refused(tmp_path):
+    arrays = write(tmp_path / "m")
+    save_file({"model.norm.weight": np.ones(32)}, tmp_path / "m" / "z.safetensors")
+    with pytest.raises(ValueError, match=r"norm.weight is in two files, model.safe.* and z.safe"):
+        hf.Directory(tmp_path / "m")
+    (tmp_path / "m" / hf.INDEX).write_text(json.dumps({"weight_map": {"a": "z.safetensors"}}))
+    with pytest.raises(ValueError, match="both model.safetensors and model.safetensors.index"):
+        hf.Directory(tmp_path / "m")
+    arrays = write(tmp_path / "t", dataclasses.replace(SMALL, tied=True))
+    arrays["lm_head.weight"] = arrays["model.embed_tokens.weight"].copy()
+    save_file(arrays, tmp_path / "t" / "model.safetensors")
+    hf.Directory(tmp_path / "t")
+    arrays["lm_head.weight"][-1, -1] += 1
+    save_file(arrays, tmp_path / "t" / "model.safetensors")
+    with pytest.raises(ValueError, match="lm_head.weight is not the embedding"):
+        hf.Directory(tmp_path / "t")
+
+
+def test_replicas_are_read_once(tmp_path, monkeypatch):
+    write(tmp_path / "m")
+    directory, read = hf.Directory(tmp_path / "m"), []
+    plain = directory.read
+    monkeypatch.setattr(directory, "read", lambda n, i: read.append(n) or plain(n, i))
+    place(directory, None, MeshShape(data=4, fsdp=2))
+    assert read.count("model.norm.weight") == 1 and read.count("lm_head.weight") == 2
+
+
+def test_a_directory_is_bfloat16_only_if_all_matrices_are(tmp_path):
+    arrays = write(tmp_path / "m", dtype="bfloat16")
+    assert hf.Directory(tmp_path / "m").dtype == "bfloat16"
+    arrays["lm_head.weight"] = arrays["lm_head.weight"].astype(np.float32)
+    save_file(arrays, tmp_path / "m" / "model.safetensors")
+    assert hf.Directory(tmp_path / "m").dtype == "float32"
 
 
 def test_one_error_lists_every_bad_tensor(tmp_path):
@@ -207,7 +275,14 @@ def test_missing_shard_and_occupied_folders(tmp_path):
     assert [p.name for p in (tmp_path / "busy").iterdir()] == ["x"]
 
 
-FIELDS = ["source.seq_len=32", "steps=2", "optimizer.lr=0.001", "mesh.fsdp=2", "mesh.data=4"]
+FIELDS = [
+    "source.tokenizer=bytes",
+    "source.seq_len=32",
+    "steps=2",
+    "optimizer.lr=0.001",
+    "mesh.fsdp=2",
+    "mesh.data=4",
+]
 
 
 def test_imported_run_trains_resumes_and_exports(tmp_path):
@@ -233,7 +308,7 @@ def test_fine_tuning_an_imported_model_is_the_same_on_1_and_8_devices(tmp_path, 
     """All parameters, twenty steps."""
     write(tmp_path / "m", scale=0.2)
     losses, devices = {}, jax.devices()
-    fields = ["source.seq_len=32", "steps=20", "optimizer.lr=0.01"]
+    fields = ["source.tokenizer=bytes", "source.seq_len=32", "steps=20", "optimizer.lr=0.01"]
     for n, mesh in ((1, ["mesh.data=1"]), (8, ["mesh.data=2", "mesh.fsdp=2", "mesh.tensor=2"])):
         monkeypatch.setattr(jax, "device_count", lambda n=n: n)
         monkeypatch.setattr(
@@ -251,5 +326,5 @@ def test_fine_tuning_an_imported_model_is_the_same_on_1_and_8_devices(tmp_path, 
 def test_another_model_than_imported_is_refused(tmp_path):
     write(tmp_path / "m")
     with pytest.raises(ValueError, match="model.layers=4 is not the imported model's 2"):
-        import_hf(tmp_path / "m", tmp_path / "run", ["model.layers=4"])
+        import_hf(tmp_path / "m", tmp_path / "run", ["source.tokenizer=bytes", "model.layers=4"])
     assert not (tmp_path / "run").exists()

@@ -122,6 +122,16 @@ def test_rows_are_printed_in_order_whatever_the_order_they_are_made_in():
     assert out.getvalue() == "p A\n"
 
 
+def test_rows_end_at_any_of_the_end_tokens():
+    """An `ends` token made by the model ends its row, and has no text."""
+    writer, params = make_writer(samples=1, sampling=GREEDY)
+    whole = rows(writer.write(params, jax.random.key(0)))
+    letter = next(c for c in whole[0][1:] if c.isascii() and c != whole[0][0])
+    stopping, _ = make_writer(samples=1, sampling=GREEDY, ends=(ord(letter), 255))
+    got = rows(stopping.write(params, jax.random.key(0)))
+    assert got[0] == whole[0].partition(letter)[0]
+
+
 class NoBos(Bytes):
     bos = None
 

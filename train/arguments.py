@@ -95,9 +95,14 @@ def parser() -> argparse.ArgumentParser:
     import_.add_argument("format", choices=["hf"], help="a Hugging Face directory")
     import_.add_argument("folder", type=_folder, help="with config.json and *.safetensors")
     _overrides(import_)
-    import_.add_argument("--run-dir", type=_folder, required=True, help="run directory to make")
-    import_.add_argument("--lora", type=_integer(1), default=0, metavar="RANK", help="add adapters")
-    import_.add_argument("--adapter", type=_folder, help="adapter to start from, a PEFT folder")
+    import_.add_argument(
+        "--run-dir", type=_folder, help="run directory to make (default: runs/NAME of the folder)"
+    )
+    adapters = import_.add_mutually_exclusive_group()
+    adapters.add_argument(
+        "--lora", type=_integer(1), default=0, metavar="RANK", help="add adapters"
+    )
+    adapters.add_argument("--adapter", type=_folder, help="adapter to start from, a PEFT folder")
     _cluster(import_)
 
     export = add("export", "write a checkpoint in the format of another library")

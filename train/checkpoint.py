@@ -309,5 +309,5 @@ def check_space(folder: Path, state: int) -> None:
     if free < needed:
         raise OSError(
             f"{folder} has {free / 2**20:.1f} MiB free, one checkpoint needs "
-            f"{needed / 2**20:.1f} MiB: free some space or give another --run-dir"
+            f"{needed / 2**20:.1f} MiB: free some space or give another folder"
         )

@@ -14,7 +14,7 @@ from typing import Any
 from train.arguments import parse
 from train.devices import quiet_libtpu, start
 from train.errors import NoUsableCheckpoint, RunFailed
-from train.folders import blame, check_folder, open_run
+from train.folders import blame, check_folder, end_tokens, open_run
 
 # Exit codes, also listed in docs/running.md.
 OK, USAGE, FAILED, INTERRUPTED = 0, 2, 74, 130
@@ -210,6 +210,9 @@ def sample(args: argparse.Namespace, presets: Mapping[str, Preset]) -> int:
         for given in args.prompt or ["The "]
         for text in (sys.stdin.read().splitlines() if given == "-" else [given])
     ]
+    for text in prompts:
+        if text != text.encode(errors="ignore").decode():  # half of a character
+            raise ValueError(f"--prompt {text!r} is no UTF-8 text")
     if not prompts:
         raise ValueError("--prompt -: the input has no lines")
     if "" in args.stop:
@@ -221,16 +224,17 @@ def sample(args: argparse.Namespace, presets: Mapping[str, Preset]) -> int:
     import jax
 
     from models.decoder import unroll
+    from models.lora import merged
     from train.data.tokenizers import load_tokenizer
     from train.report import print_rows
     from train.writer import Writer
 
-    module = run.model.build(program.mesh.devices.flat[0].platform)
     with jax.set_mesh(program.mesh):
-        module, params = unroll(module, params)
+        model, params = merged(run.model, params)
+        module, params = unroll(model.build(program.mesh.devices.flat[0].platform), params)
         writer = Writer(
             module, load_tokenizer(run.source.tokenizer), prompts, tokens=args.tokens,
-            samples=args.n, sampling=sampling, stop=args.stop, piece=8,
+            samples=args.n, sampling=sampling, stop=args.stop, ends=end_tokens(args.run), piece=8,
         )  # fmt: skip
         print_rows(prompts, args.n, writer.write(params, jax.random.key(args.seed)))
     return OK
@@ -238,10 +242,12 @@ def sample(args: argparse.Namespace, presets: Mapping[str, Preset]) -> int:
 
 def import_(args: argparse.Namespace, presets: Mapping[str, Preset]) -> int:
     """`jaxlab import`."""
+    folder = args.run_dir or Path("runs") / args.folder.absolute().name
+    check_folder(folder, False)
     start(args)
     from train.exchange import import_hf
 
-    print(import_hf(args.folder, args.run_dir, args.overrides, args.lora, args.adapter))
+    print(import_hf(args.folder, folder, args.overrides, args.lora, args.adapter))
     return OK
 
 

@@ -50,8 +50,6 @@ def open_run(args: argparse.Namespace, assignments: list[str], evaluators: bool)
     """Run, program, parameters and step of a run directory; nothing but the parameters is read."""
     import jax
 
-    from train import trainer
-    from train.checkpoint import Checkpoints
     from train.overrides import override
     from train.run import EVALUATED, flatten, load_run, within
 
@@ -72,6 +70,14 @@ def open_run(args: argparse.Namespace, assignments: list[str], evaluators: bool)
     if not evaluators:
         run = dataclasses.replace(run, evaluators=())
     run = override(dataclasses.replace(run, mesh=shape), assignments).check(devices)
+    return run, *parameters(run, folder, step)
+
+
+def parameters(run: Any, folder: Path, step: int | None):
+    """Program, parameters (their average if there is one) and step of a checked run, from its folder."""
+    from train import trainer
+    from train.checkpoint import Checkpoints
+
     checkpoints = Checkpoints(folder / "checkpoints", read_only=True)
     if step is not None and step not in checkpoints.steps():
         raise ValueError(f"--step {step}: {folder} has checkpoints of steps {checkpoints.steps()}")
@@ -86,7 +92,21 @@ def open_run(args: argparse.Namespace, assignments: list[str], evaluators: bool)
     for at, why in got.rejected.items():
         print(f"jaxlab: checkpoint step {at} passed over: {why}", file=sys.stderr)
     checkpoints.close()
-    return run, program, got.state, got.step
+    return program, got.state, got.step
+
+
+SOURCE_CONFIG = "hf_config.json"  # the config.json of what was imported, in its run
+
+
+def end_tokens(folder: Path) -> list[int]:
+    """Tokens that end a text as an imported model says; [] for other runs."""
+    from models.json_object import read_json
+
+    files = [folder / name for name in ("generation_config.json", SOURCE_CONFIG)]
+    said = [read_json(file).get("eos_token_id") for file in files if file.is_file()]
+    return sorted(
+        {i for ids in said for i in (ids if isinstance(ids, list) else [ids]) if i is not None}
+    )
 
 
 def mesh_here(mesh: Any, devices: int, processes: int) -> Any:

@@ -7,7 +7,8 @@ from typing import Annotated, Literal
 
 import jax
 import optax
-from flax import traverse_util
+
+from jaxlab.lora import flatten, unflatten
 
 Schedule = Literal["cosine", "linear", "constant", "wsd"]
 
@@ -55,21 +56,19 @@ def split(tree: dict, freeze: str) -> tuple[dict, dict]:
     """
     if not freeze:
         return tree, {}
-    flat = traverse_util.flatten_dict(tree, sep="/")
+    flat = flatten(tree)
     parts = [{}, {}]
     for path, leaf in flat.items():
         parts[re.search(freeze, path) is not None][path] = leaf
     if not all(parts):
         what = "no parameter" if parts[0] else "every parameter"
         raise ValueError(f"optimizer.freeze={freeze!r} freezes {what} of {sorted(flat)}")
-    train, frozen = (traverse_util.unflatten_dict(part, sep="/") for part in parts)
-    return train, frozen
+    return unflatten(parts[0]), unflatten(parts[1])
 
 
 def join(train: dict, frozen: dict) -> dict:
     """Inverse of `split`."""
-    flat = traverse_util.flatten_dict(train) | traverse_util.flatten_dict(frozen)
-    return traverse_util.unflatten_dict(flat)
+    return unflatten(flatten(train) | flatten(frozen))
 
 
 def learning_rate(config: Optimizer, steps: int) -> optax.Schedule:

@@ -201,7 +201,8 @@ def _next(run: Run, folder: Path, config: str, assignments: list[str]) -> list[s
 
     there, lines = shlex.quote(str(folder)), []
     if hasattr(run.source, "tokenizer"):
-        lines.append(f'sample {there} --prompt "The for statement"')
+        prompt = "The for statement" if "builtin:pydoc" in run.source.files else "The"
+        lines.append(f'sample {there} --prompt "{prompt}"')
     if run.evaluators:
         whole = [
             f"evaluators.{i}.batches=0"
@@ -209,6 +210,8 @@ def _next(run: Run, folder: Path, config: str, assignments: list[str]) -> list[s
             if isinstance(e, HeldOut) and e.batches
         ]
         lines.append(" ".join(["eval", there, *whole]))
+    if run.origin:  # a run in another folder would have no weights to start from
+        return [*lines, f"export hf {there} {shlex.quote(f'{folder}-hf')}", "list"]
     kept = [shlex.quote(a) for a in assignments if a.partition("=")[0] != "steps"]
     longer = shlex.quote(f"{folder}-longer")
     more = ["train", shlex.quote(config), *kept, f"steps={run.steps * 3}", "--run-dir", longer]

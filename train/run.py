@@ -29,6 +29,7 @@ class Run:
     batch: Annotated[int, "global batch, in sequences"] = 16
     accumulate: Annotated[int, "microbatches a step"] = 1
     seed: Annotated[int, "of parameters, data order and objective noise"] = 0
+    origin: Annotated[str, "whose weights step 0 holds, set by `jaxlab import`; '': random"] = ""
     log_every: Annotated[int, "steps between log records"] = 10
     eval_every: Annotated[int, "steps between evaluations; 0: at the end only"] = 0
     save_every: Annotated[int, "steps between checkpoints; 0: at the end only"] = 100
@@ -131,6 +132,36 @@ def difference(old: Any, new: Any) -> list[tuple[str, Any, Any]]:
     return [(p, a.get(p, "-"), b.get(p, "-")) for p in paths if a.get(p, "-") != b.get(p, "-")]
 
 
+# Begins the path of a tokenizer that lies in the run directory, as the run's config.json has it.
+HERE = "{run}/"
+
+
+def described(run: Run, folder: Path) -> Any:
+    """JSON of a run that lies in `folder`; it holds wherever the folder is moved."""
+    tokenizer = Path(getattr(run.source, "tokenizer", "")).absolute()
+    if not tokenizer.is_relative_to(folder.absolute()):
+        return to_json(run)
+    inside = HERE + str(tokenizer.relative_to(folder.absolute()))
+    source: Any = run.source
+    return to_json(dataclasses.replace(run, source=dataclasses.replace(source, tokenizer=inside)))
+
+
+def _read(file: Path) -> Run:
+    """The run of a config.json, its paths those of today."""
+    data = json.loads(file.read_text())
+    if isinstance(data, dict) and "architectures" in data and "type" not in data:
+        raise FileNotFoundError(
+            f"{file.parent} is a Hugging Face directory, no run: "
+            f"jaxlab import hf {shlex.quote(str(file.parent))} makes one of it"
+        )
+    run = from_json(data)
+    tokenizer = getattr(run.source, "tokenizer", "")
+    if not tokenizer.startswith(HERE):
+        return run
+    here = str(file.parent.absolute() / tokenizer.removeprefix(HERE))
+    return dataclasses.replace(run, source=dataclasses.replace(run.source, tokenizer=here))
+
+
 def load_run(path: Path) -> Run:
     """The run whose resolved configuration lies in `path`/config.json."""
     file = path / "config.json"
@@ -142,7 +173,7 @@ def load_run(path: Path) -> Run:
             )
         raise FileNotFoundError(f"{path} is not a run directory: it has no config.json")
     try:
-        return from_json(json.loads(file.read_text()))
+        return _read(file)
     except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f"{file} cannot be read as a configuration: {error}; put it back from a copy, or set the run "

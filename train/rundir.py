@@ -5,6 +5,8 @@ import fcntl
 import json
 import os
 import platform
+import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -17,7 +19,8 @@ import jax
 import numpy as np
 
 from train.errors import RunFailed
-from train.run import FREE, Run, difference, to_json, within
+from train.processes import all_agree, all_or_none
+from train.run import FREE, Run, described, difference, within
 
 LOCK = "lock"
 
@@ -79,6 +82,27 @@ def failures(folder: Path, checkpoints) -> Iterator[None]:
         raise RunFailed(f"the run failed: {why}; {left}; the same command resumes") from error
 
 
+@contextlib.contextmanager
+def whole(folder: Path) -> Iterator[Path]:
+    """A folder to write in that becomes `folder` if the block ends well; all processes enter together.
+
+    What a killed process has left, in `folder`.partial, is removed by the next one. ValueError while
+    another process writes there.
+    """
+    folder = folder.absolute()
+    partial = folder.with_name(f"{folder.name}.partial")
+    with contextlib.ExitStack() as stack:
+        with all_or_none():
+            if jax.process_index() == 0:
+                stack.enter_context(_lock(partial))
+                stack.callback(shutil.rmtree, partial, ignore_errors=True)
+                shutil.rmtree(partial / "new", ignore_errors=True)
+                (partial / "new").mkdir()
+        yield partial / "new"
+        if all_agree(True) and jax.process_index() == 0:
+            (partial / "new").rename(folder)
+
+
 def reconcile(run: Run, folder: Path, allow: tuple[str, ...]) -> None:
     """ValueError, with the difference, when `folder` holds a run that learns something else."""
     file = folder / "config.json"
@@ -102,7 +126,7 @@ def reconcile(run: Run, folder: Path, allow: tuple[str, ...]) -> None:
             f"{file} cannot be read as a configuration ({error}): put it right, or use --fresh to set "
             f"that run aside"
         ) from error
-    changed = difference(there, run)
+    changed = difference(there, described(run, folder))
     # With nothing but a step 0 (an imported model) only the model is settled.
     if any((folder / "checkpoints").glob("[1-9]*")):
         fixed = [c for c in changed if not within(c[0], (*FREE, *allow))]
@@ -113,6 +137,16 @@ def reconcile(run: Run, folder: Path, allow: tuple[str, ...]) -> None:
         raise ValueError(
             f"{folder} holds a run with another configuration:\n{lines}\n"
             f"use another --run-dir, --fresh to set that run aside, or --allow FIELD to go on with it"
+        )
+
+
+def refuse_random(run: Run, folder: Path, fresh: bool) -> None:
+    """ValueError where a run of imported weights would start from random ones."""
+    if run.origin and (fresh or not any((folder / "checkpoints").glob("[0-9]*"))):
+        raise ValueError(
+            f"the run starts from the weights of {run.origin}, and {folder} would start from random "
+            f"ones: jaxlab import hf {shlex.quote(run.origin)} --run-dir NEW makes another run of "
+            f"them; origin= starts from random ones"
         )
 
 
@@ -139,7 +173,10 @@ def write_description(run: Run, folder: Path) -> None:
     history = []
     with contextlib.suppress(OSError, ValueError):
         history = json.loads((folder / "versions.json").read_text())
-    for name, value in (("config.json", to_json(run)), ("versions.json", [*history, entry])):
+    for name, value in (
+        ("config.json", described(run, folder)),
+        ("versions.json", [*history, entry]),
+    ):
         temporary = folder / f"{name}.tmp"
         temporary.write_text(json.dumps(value, indent=1) + "\n")
         temporary.replace(folder / name)

@@ -21,8 +21,15 @@ from train.meter import Meter
 from train.metrics import Recorder
 from train.optimizer import make_optimizer, split
 from train.processes import all_or_none
-from train.run import Run, to_json
-from train.rundir import claimed, failures, reconcile, save_batch, write_description
+from train.run import Run, described
+from train.rundir import (
+    claimed,
+    failures,
+    reconcile,
+    refuse_random,
+    save_batch,
+    write_description,
+)
 from train.signals import Stop
 from train.state import (
     TrainState,
@@ -130,6 +137,7 @@ def fit(
         # ---- mesh, model, data: everything that can be wrong is found out before a file is touched
         with all_or_none():
             run = run.check(jax.device_count())
+            refuse_random(run, folder, fresh)
             if not fresh:
                 reconcile(run, folder, allow)
             program = build(run)
@@ -189,7 +197,7 @@ def fit(
 
         def save(step: int) -> None:
             begin = time.perf_counter()
-            meta = {"config": to_json(run), "source": gather_states(source_state, rows)}
+            meta = {"config": described(run, folder), "source": gather_states(source_state, rows)}
             checkpoints.save(step, state, meta)
             meter.checkpoint += time.perf_counter() - begin
 

@@ -73,7 +73,8 @@ def _overlap(text: str, stop: str) -> int:
 
 
 class Writer:
-    """Continues the same prompts again and again; compiled once.
+    """Continues the same prompts again and again; compiled once. The tokenizer's `eos` and `ends` end
+    a row.
 
     Rows are the samples of the first prompt, then those of the second... ValueError for a prompt
     without tokens.
@@ -89,6 +90,7 @@ class Writer:
         samples: int,
         sampling: Sampling,
         stop: Sequence[str] = (),
+        ends: Sequence[int] = (),
         piece: int,
     ):
         bos = [] if tokenizer.bos is None else [tokenizer.bos]
@@ -104,7 +106,7 @@ class Writer:
         self._tokens, piece = tokens, min(piece, tokens)
         self._pieces = -(-tokens // piece)
         room = self._prompts.shape[1] + self._pieces * piece
-        end = () if tokenizer.eos is None else (tokenizer.eos,)
+        end = tuple({*ends} if tokenizer.eos is None else {*ends, tokenizer.eos})
         self._prefill = jax.jit(functools.partial(prefill, module, room=room, samples=samples))
 
         def step(params, progress):

@@ -1,12 +1,13 @@
 """Tokenizers by name: bytes, or a Hugging Face tokenizer.json."""
 
 import hashlib
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
+
+from models.json_object import read_json
 
 # Tried in this order where no tokenizer_config.json says which tokens begin and end a document.
 BEGIN = ("<|begin_of_text|>", "<s>", "<bos>", "[CLS]")
@@ -61,11 +62,17 @@ class HuggingFace:
             raise ValueError(f"{file} is not a tokenizer.json: {error}") from error
         self.vocab_size = max(self._inner.get_vocab(with_added_tokens=True).values()) + 1
         beside = _config(file)
-        named = json.loads(beside.read_text()) if beside.is_file() else {}
-        self.bos = self._special(named.get("bos_token"), BEGIN)
-        self.eos = self._special(named.get("eos_token"), END)
+        named = read_json(beside) if beside.is_file() else {}
+        self.bos = self._special(named, "bos_token", BEGIN)
+        self.eos = self._special(named, "eos_token", END)
+        if named.get("add_bos_token") is False:
+            self.bos = None
 
-    def _special(self, named, candidates) -> int | None:
+    def _special(self, config: dict, name: str, candidates) -> int | None:
+        """The id of a special token; null in the configuration means that there is none."""
+        if name in config and config[name] is None:
+            return None
+        named = config.get(name)
         named = named.get("content") if isinstance(named, dict) else named
         for token in (named,) if named else candidates:
             if (found := self._inner.token_to_id(token)) is not None:
