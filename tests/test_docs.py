@@ -72,7 +72,18 @@ for words in json.load(sys.stdin):
 """
 
 
-@pytest.mark.parametrize("page", [p for p in PAGES if commands(p)], ids=lambda p: p.name)
+# Pages whose commands train larger models.
+LONG = ("ttt.md", "context.md", "generation.md")
+
+
+@pytest.mark.parametrize(
+    "page",
+    [
+        pytest.param(p, marks=pytest.mark.slow if p.name in LONG else (), id=p.name)
+        for p in PAGES
+        if commands(p)
+    ],
+)
 def test_commands_do_what_they_say(page, tmp_path):
     """In order, in one folder; `make demo` has run before, on a small model."""
     hugging_face_folder(tmp_path)

@@ -96,4 +96,5 @@ def forward_flops(program: Any) -> float:
     params, key = program.state.params, jax.ShapeDtypeStruct((), jax.random.key(0).dtype)
     bare = lambda tree: jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), tree)  # noqa: E731
     loss = lambda p, b, k: program.run.objective(program.apply, p, b, k)[0]  # noqa: E731
-    return count_flops(loss, bare(params), bare(program.batch), key)
+    with jax.set_mesh(program.mesh):  # a sequence over many devices is, in here, the program's
+        return count_flops(loss, bare(params), bare(program.batch), key)

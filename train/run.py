@@ -53,8 +53,8 @@ class Run:
         self.optimizer.check()
         self.source.check(sizes)
         self.model.check(sizes)
-        token_order(self.model, self.source.spec(self.batch), sizes)
         self.objective.check(self.model, self.source)
+        token_order(self.model, self.source.spec(self.batch), sizes)
         rows = mesh.data * mesh.fsdp * self.accumulate
         if self.batch % rows:
             raise ValueError(
