@@ -156,6 +156,7 @@ def temporaries(method, heads_per_stage=None, kept=True):
     return aot_memory(both, (x, x, *weights)).temp_bytes / T
 
 
+@pytest.mark.slow
 def test_memory_grows_with_the_stage_and_is_least_with_the_smallest():
     small, middle, large = (temporaries("upipe", u) for u in (8, 16, 32))
     ulysses = temporaries("ulysses")

@@ -137,6 +137,7 @@ def test_each_document_comes_out_as_it_would_alone(name, rows, seed):
                 at += n
 
 
+@pytest.mark.slow
 @methods
 def test_gradients_are_those_of_documents_alone(name):
     packed, alone, _ = METHODS[name]

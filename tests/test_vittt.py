@@ -79,6 +79,7 @@ def test_the_objective_is_the_mean_log_probability():
     assert metrics["accuracy"] == (1, 2) and metrics["loss"] == (loss, 2)
 
 
+@pytest.mark.slow
 def test_it_trains_resumes_and_evaluates_on_a_mesh(tmp_path):
     run = dataclasses.replace(
         vittt(), model=SMALL, source=Digits(image=12, held_out=32), steps=3, batch=8, log_every=1,
