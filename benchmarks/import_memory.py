@@ -3,7 +3,7 @@
     python benchmarks/import_memory.py --gib 4.2
 
 Writes the model file by file into a temporary folder, imports it in a process of its own and prints
-sizes as JSON; the folder is removed.
+and writes sizes as JSON; the folder is removed.
 """
 
 import argparse
@@ -20,9 +20,12 @@ import ml_dtypes
 import numpy as np
 from safetensors.numpy import save_file
 
-from models.decoder import DecoderConfig
-from models.hf import INDEX
-from models.hf_names import entries, hf_config
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from models.decoder import DecoderConfig  # noqa: E402
+from models.hf import INDEX  # noqa: E402
+from models.hf_names import entries, hf_config  # noqa: E402
 
 
 def generate(folder: Path, gib: float) -> int:
@@ -56,8 +59,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--gib", type=float, default=4.2, help="size of the model")
     parser.add_argument("--folder", help="where to put the temporary files")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
     args = parser.parse_args()
-    root = Path(__file__).parent.parent
     with tempfile.TemporaryDirectory(dir=args.folder) as place:
         source = Path(place) / "model"
         source.mkdir()
@@ -66,7 +69,7 @@ def main() -> None:
         start = time.perf_counter()
         env = os.environ | {
             "JAX_PLATFORMS": "cpu",
-            "PYTHONPATH": f"{root}:{os.environ.get('PYTHONPATH', '')}",
+            "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}",
         }
         # The run holds the type of the files, so that sizes compare.
         fields = ["model.param_dtype=bfloat16", "source.tokenizer=bytes"]
@@ -80,7 +83,10 @@ def main() -> None:
         "ratio": peak / size,
         "seconds": seconds,
     }
-    print(json.dumps(figures, indent=1))
+    text = json.dumps(figures | {"date": time.strftime("%Y-%m-%d")}, indent=1)
+    print(text)
+    args.out.mkdir(parents=True, exist_ok=True)
+    (args.out / "import_memory_cpu.json").write_text(text + "\n")
 
 
 if __name__ == "__main__":
