@@ -8,8 +8,6 @@ do not depend on what else the machine does. Writes compile_depth_<platform>.jso
 
 import argparse
 import dataclasses
-import json
-import os
 import statistics
 import sys
 import time
@@ -20,7 +18,7 @@ import jax
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.machine import cores, processor  # noqa: E402
+from benchmarks.machine import described, environment, publish  # noqa: E402
 from configs import presets  # noqa: E402
 from train import trainer  # noqa: E402
 
@@ -51,21 +49,16 @@ def main() -> None:
     for _ in range(args.rounds):
         for n, found in times.items():
             found.append(compile_once(args.config, n))
+    record = environment() | {"config": args.config, "seconds": times}
     medians = {n: [statistics.median(x) for x in zip(*t, strict=True)] for n, t in times.items()}
     first = medians[args.layers[0]]
     lines = [
-        f"# Compiling the train step, {args.config}, {time.strftime('%Y-%m-%d')}", "",
-        f"{processor()}, {cores()} cores, {jax.default_backend()}; load average "
-        f"{os.getloadavg()[0]:.1f}; JAX {jax.__version__}. Medians of {args.rounds} rounds.", "",
+        f"# Compiling the train step, {args.config}, {record['date']}", "",
+        f"{described(record)}. Medians of {args.rounds} rounds.", "",
         "| layers | seconds | processor seconds | of the first |", "|---|---|---|---|",
         *(f"| {n} | {w:.2f} | {b:.2f} | {b / first[1]:.2f}x |" for n, (w, b) in medians.items()),
     ]  # fmt: skip
-    print("\n".join(lines))
-    args.out.mkdir(parents=True, exist_ok=True)
-    stem = args.out / f"compile_depth_{jax.default_backend()}"
-    record = {"jax": jax.__version__, "config": args.config, "seconds": times}
-    stem.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
-    stem.with_suffix(".md").write_text("\n".join(lines) + "\n")
+    publish(record, "\n".join([*lines, ""]), args.out, "compile_depth")
 
 
 if __name__ == "__main__":

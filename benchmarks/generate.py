@@ -12,9 +12,7 @@ import argparse
 import contextlib
 import dataclasses
 import functools
-import json
 import os
-import platform
 import statistics
 import sys
 import tempfile
@@ -29,7 +27,7 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.machine import cores, processor, spread  # noqa: E402
+from benchmarks.machine import described, environment, publish, spread  # noqa: E402
 from benchmarks.peer import Peer  # noqa: E402
 from jaxlab.sampling import GREEDY  # noqa: E402
 from models.decoder import DecoderConfig, unroll  # noqa: E402
@@ -151,21 +149,12 @@ def measure(options) -> dict:
     module = MODEL.build(jax.default_backend())
     inputs = (jax.ShapeDtypeStruct((1, 8), jnp.int32),)
     params = jax.jit(lambda: init_params(module, jax.random.key(0), inputs))()
-    record = {
-        "date": time.strftime("%Y-%m-%d"),
+    record = environment() | {
         "parameters": sum(x.size for x in jax.tree.leaves(params)),
         "dtype": module.config.dtype,
         "prompt": options.prompt,
         "new": options.new,
-        "hardware": {
-            "cpu": processor(),
-            "cores": cores(),
-            "device": jax.devices()[0].device_kind,
-        },
-        "load_before": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
         "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY"),
-        "python": platform.python_version(),
-        "jax": jax.__version__,
     }
     sides = {"unrolled": Ours(*unroll(module, params)), "scanned": Ours(module, params)}
     with contextlib.ExitStack() as stack:
@@ -177,7 +166,7 @@ def measure(options) -> dict:
 
 def markdown(r: dict) -> str:
     """The record as a page."""
-    versions = f"JAX {r['jax']} on Python {r['python']}"
+    versions = ""
     if peer := r.get("peer"):
         versions += (
             f"; transformers {peer['transformers']}, PyTorch {peer['torch']} on Python "
@@ -188,8 +177,7 @@ def markdown(r: dict) -> str:
         "",
         f"{r['parameters']:,} parameters, {r['dtype']}, prompts of {r['prompt']} tokens, "
         f"{r['new']} tokens more, greedy; all sides make the same tokens.",
-        f"{r['hardware']['cpu']}, {r['hardware']['cores']} cores, {r['hardware']['device']}; load "
-        f"average at the start {r['load_before']}. {versions}.",
+        f"{described(r)}{versions}.",
         "",
         "| batch | side | ms a step, by medians (by least) | tokens/s | unrolled / this, by medians "
         "(by least) |",
@@ -228,12 +216,7 @@ def main() -> None:
         if value < 1:
             parser.error(f"--{name}={value} must be at least 1")
     record = measure(options)
-    options.out.mkdir(parents=True, exist_ok=True)
-    path = options.out / f"generate_{jax.default_backend()}"
-    path.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
-    page = markdown(record)
-    path.with_suffix(".md").write_text(page)
-    print(page)
+    publish(record, markdown(record), options.out, "generate")
 
 
 if __name__ == "__main__":

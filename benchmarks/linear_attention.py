@@ -18,7 +18,7 @@ import jax.numpy as jnp
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.machine import environment, load, publish, spread  # noqa: E402
+from benchmarks.machine import described, environment, load, publish, spread  # noqa: E402
 from jaxlab import linear_attention as la  # noqa: E402
 
 FORMS = ("recurrent", "chunkwise", "scan")
@@ -94,13 +94,10 @@ def measure_method(method: str, arrays: dict, options) -> dict:
 def markdown(r: dict) -> str:
     """The record as a page."""
     b, t, h, d = r["shape"]
-    loads = ", ".join(f"{x:.1f}" for x in r["load"])
     lines = [
         f"# Linear attention, {r['date']}",
         "",
-        f"[{b}, {t}, {h}, {d}] float32, chunks of {r['chunk_size']}; {r['hardware']['cpu']}, "
-        f"{r['hardware']['cores']} cores, {r['hardware']['device']}; load average before and after "
-        f"{loads}. JAX {r['jax']} on Python {r['python']}.",
+        f"[{b}, {t}, {h}, {d}] float32, chunks of {r['chunk_size']}; {described(r)}.",
         "",
         f"Least of {r['repeats']} alternating rounds in ms (median); speed-up over token by token "
         "by least times; temporary memory of the gradient.",

@@ -6,9 +6,7 @@ Writes loss_memory_<platform>.json and .md into --out.
 """
 
 import argparse
-import json
 import sys
-import time
 from pathlib import Path
 
 import jax
@@ -16,6 +14,7 @@ import jax
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.machine import environment, publish  # noqa: E402
 from jaxlab.tiled import tiled_cross_entropy  # noqa: E402
 from sharding.plan import aot_memory  # noqa: E402
 
@@ -45,9 +44,11 @@ def main() -> None:
         width: {n: temporaries(n, args.tokens, args.vocab, width, args.dtype) for n in args.tiles}
         for width in args.widths
     }
+    record = environment() | {"temp_bytes": found}
+    record |= {name: getattr(args, name) for name in ("tokens", "vocab", "dtype")}
     logits = 4 * args.tokens * args.vocab / 2**30
     lines = [
-        f"# Loss, {args.tokens} tokens, vocabulary {args.vocab:,}, {time.strftime('%Y-%m-%d')}", "",
+        f"# Loss, {args.tokens} tokens, vocabulary {args.vocab:,}, {record['date']}", "",
         f"Temporaries of value and gradient in GiB (part of the plain form's), {args.dtype}, compiled "
         f"for {jax.default_backend()} by JAX {jax.__version__}. [tokens, vocabulary] in float32 is "
         f"{logits:.2f} GiB.",
@@ -56,14 +57,7 @@ def main() -> None:
     for n in args.tiles:
         cells = (f" {b[n] / 2**30:.3f} ({b[n] / b[args.tiles[0]]:.3f}) |" for b in found.values())
         lines.append(f"| {n} |" + "".join(cells))
-    print("\n".join(lines))
-    args.out.mkdir(parents=True, exist_ok=True)
-    stem = args.out / f"loss_memory_{jax.default_backend()}"
-    record = {"jax": jax.__version__, "temp_bytes": found} | {
-        name: getattr(args, name) for name in ("tokens", "vocab", "dtype")
-    }
-    stem.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
-    stem.with_suffix(".md").write_text("\n".join(lines) + "\n")
+    publish(record, "\n".join([*lines, ""]), args.out, "loss_memory")
 
 
 if __name__ == "__main__":

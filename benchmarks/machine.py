@@ -66,6 +66,15 @@ def environment() -> dict:
     }
 
 
+def described(record: dict) -> str:
+    """The machine and JAX of a record of `environment`, for its page."""
+    hardware, loads = record["hardware"], ", ".join(f"{x:.1f}" for x in record["load"])
+    return (
+        f"{hardware['cpu']}, {hardware['cores']} cores, {hardware['device']}; load average {loads}. "
+        f"JAX {record['jax']} on Python {record['python']}"
+    )
+
+
 def load() -> list[float]:
     """The load average of the last minute, where there is one."""
     return [os.getloadavg()[0]] if hasattr(os, "getloadavg") else []

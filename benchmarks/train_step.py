@@ -12,9 +12,6 @@ import argparse
 import contextlib
 import dataclasses
 import importlib
-import json
-import os
-import platform
 import statistics
 import sys
 import tempfile
@@ -28,7 +25,7 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.machine import cores, matmul_peak, processor, spread  # noqa: E402
+from benchmarks.machine import described, environment, matmul_peak, publish, spread  # noqa: E402
 from benchmarks.peer import Peer  # noqa: E402
 from configs.__main__ import large_pages  # noqa: E402
 from models.decoder import DecoderConfig  # noqa: E402
@@ -205,18 +202,13 @@ def measure(options) -> dict:
     dtype = str(run.model.build(backend).config.dtype)
     flops, tokens = 3 * forward_flops(ours.program), run.batch * run.source.seq_len
     device = jax.devices()[0].device_kind
-    record = {
-        "date": time.strftime("%Y-%m-%d"),
+    record = environment() | {
         "config": options.config,
         "parameters": sum(x.size for x in ours.weights.values()),
         "batch": run.batch,
         "seq_len": run.source.seq_len,
         "dtype": dtype,
         "mask": options.mask,
-        "hardware": {"cpu": processor(), "cores": cores(), "device": device},
-        "load_before": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
-        "python": platform.python_version(),
-        "jax": jax.__version__,
         "flops_per_step": flops,
     }
     record |= measure_sides(options, run, ours, dtype, 8192 if backend == "gpu" else 2048)
@@ -238,7 +230,7 @@ def measure(options) -> dict:
 def markdown(r: dict) -> str:
     """The record as a page."""
     peer = r.get("peer")
-    versions = f"JAX {r['jax']} on Python {r['python']}"
+    versions = ""
     if peer:
         versions += (
             f"; PyTorch {peer['torch']} on Python {peer['python']}, {peer['threads']} threads"
@@ -250,8 +242,7 @@ def markdown(r: dict) -> str:
         "",
         f"{r['parameters']:,} parameters, batch {r['batch']} x {r['seq_len']}, {r['dtype']}, AdamW "
         f"with clipping, {attention}.",
-        f"{r['hardware']['cpu']}, {r['hardware']['cores']} cores, {r['hardware']['device']}; load "
-        f"average at the start {r['load_before']}. {versions}.",
+        f"{described(r)}{versions}.",
         "",
         "| side | ms a step, median (min to max) | tokens/s | ours / this, by medians (by least) "
         "| of matmul peak | MFU |",
@@ -306,12 +297,7 @@ def main() -> None:
             given = f"--{name.replace('_', '-')}={getattr(options, name)}"
             parser.error(f"{given} must be at least {least}")
     record = measure(options)
-    options.out.mkdir(parents=True, exist_ok=True)
-    path = options.out / f"train_step_{jax.default_backend()}"
-    path.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
-    page = markdown(record)
-    path.with_suffix(".md").write_text(page)
-    print(page)
+    publish(record, markdown(record), options.out, "train_step")
 
 
 if __name__ == "__main__":

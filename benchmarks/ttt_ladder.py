@@ -22,7 +22,7 @@ import jax.numpy as jnp
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.machine import environment, load, publish, spread  # noqa: E402
+from benchmarks.machine import described, environment, load, publish, spread  # noqa: E402
 from benchmarks.small_lm import experiment, mean_and_error, train_seeds, verdict  # noqa: E402
 from jaxlab.ttt import LADDER, FastWeights, ttt  # noqa: E402
 
@@ -107,12 +107,10 @@ def measure_losses(options) -> dict:
 def markdown(r: dict) -> str:
     """The record as a page."""
     b, t, h, d = r["shape"]
-    loads = ", ".join(f"{x:.1f}" for x in r["load"])
     lines = [
         f"# The ladder from LaCT to linear attention, {r['date']}",
         "",
-        f"{r['hardware']['cpu']}, {r['hardware']['cores']} cores, {r['hardware']['device']}; load "
-        f"average before and after {loads}. JAX {r['jax']} on Python {r['python']}, float32.",
+        f"{described(r)}, float32.",
         "",
         f"Operator at [{b}, {t}, {h}, {d}], chunks of {r['chunk_size']}: thousands of tokens/s by the "
         f"least of {r['repeats']} alternating rounds, forward / with the gradient. Errors of parallel "

@@ -21,7 +21,7 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.machine import environment, load, publish  # noqa: E402
+from benchmarks.machine import described, environment, load, publish  # noqa: E402
 from benchmarks.small_lm import experiment, mean_and_error, train_seeds, verdict  # noqa: E402
 from jaxlab.ttt import LADDER, InnerConfig, ttt  # noqa: E402
 from models.decoder import DecoderConfig, unroll  # noqa: E402
@@ -83,13 +83,11 @@ def measure(options) -> dict:
 
 def markdown(r: dict) -> str:
     """The record as a page."""
-    loads = ", ".join(f"{x:.1f}" for x in r["load"])
     say = lambda values: "{:.3f} ± {:.3f}".format(*mean_and_error(values))  # noqa: E731
     lines = [
         f"# Probes of test-time training, {r['date']}",
         "",
-        f"{r['hardware']['cpu']}, {r['hardware']['cores']} cores, {r['hardware']['device']}; load "
-        f"average before and after {loads}. JAX {r['jax']} on Python {r['python']}, float32.",
+        f"{described(r)}, float32.",
         "",
         f"Held-out nats per byte after {r['steps']} steps of {r['batch']} x {r['seq_len']} tokens, mean of "
         f"{r['seeds']} seeds and its standard error; differences are paired by seed.",

@@ -13,7 +13,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-Tree = dict[str, Any]
+from jaxlab.paths import Tree, flatten, unflatten
+
 Adapter = dict[str, jax.Array]
 
 
@@ -141,24 +142,3 @@ def pairs(lora: Tree, prefix: str = "") -> list[tuple[str, Adapter]]:
     if set(lora) == {"a", "b"} and not isinstance(lora["a"], dict):
         return [(prefix, lora)]
     return [pair for k, v in lora.items() for pair in pairs(v, f"{prefix}/{k}" if prefix else k)]
-
-
-def flatten(tree: Tree, prefix: str = "") -> dict[str, Any]:
-    """{"blocks/mixer_0/wq": leaf} of a nested dict."""
-    out: dict[str, Any] = {}
-    for key, value in tree.items():
-        path = f"{prefix}/{key}" if prefix else key
-        out |= flatten(value, path) if isinstance(value, dict) else {path: value}
-    return out
-
-
-def unflatten(flat: dict[str, Any]) -> Tree:
-    """Inverse of `flatten`."""
-    tree: Tree = {}
-    for path, value in flat.items():
-        *parents, last = path.split("/")
-        node = tree
-        for part in parents:
-            node = node.setdefault(part, {})
-        node[last] = value
-    return tree

@@ -12,7 +12,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from jaxlab.rope import LinearScaling, Llama3Scaling, YarnScaling, rope_frequencies
-from models.layers import ATTENTION, MLP, RMSNorm, weight
+from models.layers import ATTENTION, MLP, RMSNorm, compute_dtype, weight
 from models.mixers import MIXERS, TTT, LaCT, LinearAttention, check_mixers
 from sharding.context import ContextConfig, check_context, zigzag_permutation
 from sharding.context.checks import TWO_LEVEL, check_names
@@ -145,10 +145,7 @@ class DecoderConfig:
 
     def build(self, platform: str) -> "Decoder":
         """The module, with `dtype='auto'` settled for `platform` (cpu, gpu, tpu)."""
-        dtype = self.dtype
-        if dtype == "auto":
-            dtype = "float32" if platform == "cpu" else "bfloat16"
-        return Decoder(dataclasses.replace(self, dtype=dtype))
+        return Decoder(dataclasses.replace(self, dtype=compute_dtype(self.dtype, platform)))
 
 
 class Block(nn.Module):

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxlab.lora import flatten, unflatten
+from jaxlab.paths import flatten, unflatten
 from models.decoder import DecoderConfig
 from models.hf_names import Entry, decoder_config, entries, hf_config
 from models.json_object import read_json

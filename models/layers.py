@@ -32,6 +32,11 @@ from sharding.rules import constrain
 ATTENTION: dict[str, Callable] = {"dense": dense_attention, "blockwise": blockwise_attention}
 
 
+def compute_dtype(dtype: str, platform: str) -> str:
+    """`dtype`, with 'auto' settled for `platform`: float32 on CPUs, bfloat16 elsewhere."""
+    return dtype if dtype != "auto" else "float32" if platform == "cpu" else "bfloat16"
+
+
 def weight(
     module: nn.Module, name: str, shape: tuple[int, ...], axes: tuple[str | None, ...], std, dtype
 ) -> jax.Array:

@@ -15,7 +15,6 @@ import numpy as np
 
 from jaxlab.lora import (
     Sides,
-    flatten,
     lora_delta,
     lora_init,
     lora_merge,
@@ -25,6 +24,7 @@ from jaxlab.lora import (
     lora_stack,
     lora_unmerge,
 )
+from jaxlab.paths import flatten
 from models.decoder import Decoder, DecoderConfig
 
 __all__ = [

@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from jaxlab.lora import Sides, pairs, unflatten
+from jaxlab.lora import Sides, pairs
+from jaxlab.paths import unflatten
 from models.decoder import DecoderConfig
 from models.hf import refuse_occupied, safetensors, write_tensors
 from models.hf_names import Entry, entries, positive

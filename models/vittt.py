@@ -10,7 +10,7 @@ from einops import rearrange
 from jaxtyping import Array, Float
 
 from jaxlab.ttt.vittt import depthwise
-from models.layers import constant, linear, weight
+from models.layers import compute_dtype, constant, linear, weight
 from models.ttt import LayerNorm, ViTTTMixer
 from sharding.rules import constrain
 
@@ -48,10 +48,7 @@ class ViTTTConfig:
 
     def build(self, platform: str) -> "ViTTT":
         """The module, with `dtype='auto'` settled for `platform` (cpu, gpu, tpu)."""
-        dtype = self.dtype
-        if dtype == "auto":
-            dtype = "float32" if platform == "cpu" else "bfloat16"
-        return ViTTT(dataclasses.replace(self, dtype=dtype))
+        return ViTTT(dataclasses.replace(self, dtype=compute_dtype(self.dtype, platform)))
 
 
 class ViTTTBlock(nn.Module):

@@ -349,8 +349,8 @@ EXEMPT: dict[str, str] = {
     "jaxlab.rope.rope_frequencies": "static numbers, tested in test_rope.py",
     "jaxlab.lora.lora_num_params": "a static number, tested in test_lora.py",
     "jaxlab.lora.pairs": "walks a tree, computes nothing",
-    "jaxlab.lora.flatten": "walks a tree, computes nothing",
-    "jaxlab.lora.unflatten": "walks a tree, computes nothing",
+    "jaxlab.paths.flatten": "walks a tree, computes nothing",
+    "jaxlab.paths.unflatten": "walks a tree, computes nothing",
     "jaxlab.rope.rope_factor": "a static number, tested in test_rope.py",
     "jaxlab.rope.yarn_attention_factor": "a static number, tested in test_rope.py",
 }

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 from test_hf import CASES, place, replay
 
-from jaxlab.lora import flatten
+from jaxlab.paths import flatten
 from jaxlab.sampling import GREEDY
 from models import hf
 from models.decoder import DecoderConfig

@@ -66,8 +66,9 @@ def _paths(tree: Any) -> list[str]:
     return [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves]
 
 
-def _files(folder: Path) -> list[Path]:
-    return sorted(p for p in folder.rglob("*") if p.is_file())
+def _file_sizes(folder: Path) -> dict[str, int]:
+    files = sorted(p for p in folder.rglob("*") if p.is_file())
+    return {str(p.relative_to(folder)): p.stat().st_size for p in files}
 
 
 class StructureError(ValueError):
@@ -101,9 +102,8 @@ class Checkpoints:
             cleanup_tmp_directories=not read_only,
         )
         self._manager: ocp.CheckpointManager | None = None
-        self._unlisted: set[int] = (
-            set()
-        )  # saved here, the sizes of their files not yet written down
+        # Steps saved here, the sizes of whose files are not yet written down.
+        self._unlisted: set[int] = set()
 
     @property
     def manager(self) -> ocp.CheckpointManager:
@@ -161,8 +161,7 @@ class Checkpoints:
         """Writes down how long the files of finished steps are: `sizes-STEP.json` beside the step."""
         steps = self.steps()
         for step in self._unlisted.intersection(steps) if jax.process_index() == 0 else ():
-            whole = self.folder / str(step)
-            sizes = {str(p.relative_to(whole)): p.stat().st_size for p in _files(whole)}
+            sizes = _file_sizes(self.folder / str(step))
             (self.folder / ".sizes").write_text(json.dumps(sizes))
             (self.folder / ".sizes").replace(self._sizes(step))
             self._unlisted.remove(step)
@@ -179,10 +178,7 @@ class Checkpoints:
             sizes = json.loads(self._sizes(step).read_text())
         except (OSError, ValueError):  # killed before it was written: the checksums will tell
             return None
-        found = {
-            str(p.relative_to(self.folder / str(step))): p.stat().st_size
-            for p in _files(self.folder / str(step))
-        }
+        found = _file_sizes(self.folder / str(step))
         for name, size in sizes.items():
             if found.get(name) != size:
                 return f"its file {name} has {found.get(name, 'no')} bytes, {size} were saved"

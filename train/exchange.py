@@ -23,7 +23,7 @@ from train.objectives import NextToken
 from train.optimizer import Optimizer
 from train.overrides import override
 from train.processes import all_or_none
-from train.run import Run, described, load_run
+from train.run import HOW, Run, described, load_run
 from train.rundir import whole, write_description
 from train.trainer import Program, build
 
@@ -33,11 +33,7 @@ TOKENIZER = (
     "vocab.json", "merges.txt", "chat_template.jinja",
 )  # fmt: skip
 # Fields of a model that do not change what the tensors in the files are.
-COMPUTED_ANEW = (
-    "dtype", "param_dtype", "remat", "attention", "context", "mlp_tiles", "rope_theta",
-    "rope_scaling",
-    "base", "init", "lora_dtype",
-)  # fmt: skip
+COMPUTED_ANEW = (*HOW, "rope_theta", "rope_scaling", "base", "init", "lora_dtype")
 LARGE = 500_000_000  # parameters from which activations are recomputed
 TILE_LOGITS = 2**26  # numbers a row, at most, in a tile of the loss
 

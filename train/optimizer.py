@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 import jax
 import optax
 
-from jaxlab.lora import flatten, unflatten
+from jaxlab.paths import flatten, unflatten
 
 Schedule = Literal["cosine", "linear", "constant", "wsd"]
 

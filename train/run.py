@@ -66,12 +66,9 @@ class Run:
         return dataclasses.replace(self, mesh=mesh)
 
 
-# How the model is computed; what is learnt is the same.
-COMPUTED = tuple(
-    f"{model}.{field}"
-    for model in ("model", "model.base")
-    for field in ("dtype", "param_dtype", "remat", "attention", "context", "mlp_tiles")
-)
+# Fields of a model that say how it is computed; what is learnt is the same.
+HOW = ("dtype", "param_dtype", "remat", "attention", "context", "mlp_tiles")
+COMPUTED = tuple(f"{model}.{field}" for model in ("model", "model.base") for field in HOW)
 # Fields, or groups of fields, that may differ between a run and its resumption.
 FREE = ("mesh", "log_every", "eval_every", "save_every", "keep", "max_bad_steps", "evaluators",
         *COMPUTED, "objective.tiles", "source.cache_dir")  # fmt: skip

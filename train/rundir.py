@@ -98,8 +98,15 @@ def whole(folder: Path) -> Iterator[Path]:
                 stack.callback(shutil.rmtree, partial, ignore_errors=True)
                 shutil.rmtree(partial / "new", ignore_errors=True)
                 (partial / "new").mkdir()
-        yield partial / "new"
-        if all_agree(True) and jax.process_index() == 0:
+        done = False
+        try:
+            yield partial / "new"
+            done = True
+        finally:  # a process that fails must not leave the others waiting
+            done = all_agree(done)
+        if not done:
+            raise ValueError(f"another process could not write {folder}: see its output")
+        if jax.process_index() == 0:
             (partial / "new").rename(folder)
 
 

@@ -69,6 +69,7 @@ def layers_of(params: Params) -> Layers:
 
 
 def with_layers(params: Params, layers: Layers) -> Params:
+    """`params` with the inner net's `layers`, as `layers_of` gives them."""
     flat = (x for layer in layers for x in layer)
     return params._replace(**dict(zip(params._fields, flat, strict=False)))
 
@@ -101,6 +102,7 @@ def inner_gradients(params: Params, k, v, eps: float) -> tuple[list[jax.Array], 
 
 
 def output(params: Params, q, z, static: Static) -> jax.Array:
+    """What a token reads: LayerNorm of the net's output z, beside the query or z itself."""
     gamma, beta = _norm_of(params)
     return (q if static.residual == "query" else z) + gamma * _standardise(z, static.eps)[0] + beta
 

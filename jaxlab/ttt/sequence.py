@@ -54,6 +54,7 @@ def _init(kind, params, batch: int) -> MiniBatchState:
 
 
 def checked_tokens(static: Static, q, k, v, rate_in, rate_out, layout: str):
+    """((q, k, v, rate_in, rate_out) in the wide type, type of the output); errors name the argument."""
     check_count("chunk_size", static.chunk_size, 1)
     check_choice("residual", static.residual, "query", "output")
     q, k, v = check_tokens(q, k, v, layout)

@@ -7,6 +7,9 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, NamedTuple
 
+import jax
+from jax.sharding import AxisType
+
 from sharding.context.schedule import check_groups, check_heads, head_schedule
 from sharding.context.zigzag import check_zigzag, nearest_multiples
 from sharding.mesh import AXES
@@ -56,6 +59,12 @@ class Sizes(NamedTuple):
     ring: int = 1
     context: int = 1
     tensor: int = 1
+
+
+def current_mesh() -> Any:
+    """That of `jax.set_mesh`; None without one, and inside shard_map, where shapes are one device's."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return None if mesh.empty or AxisType.Manual in mesh.axis_types else mesh
 
 
 def mesh_sizes(mesh: Any) -> Sizes:

@@ -1,5 +1,6 @@
 """Where functions of [b, t, h, ...] run on a mesh: rows, tokens and heads split, one `shard_map`."""
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -7,6 +8,8 @@ import jax
 from jax.sharding import PartitionSpec as P
 
 from jaxlab.ttt import FastWeights
+from sharding.context.checks import current_mesh
+from sharding.context.zigzag import nearest_multiples
 
 
 class Place(NamedTuple):
@@ -19,10 +22,7 @@ class Place(NamedTuple):
 
     def size(self, axes: tuple[str, ...]) -> int:
         """Devices along `axes`."""
-        size = 1
-        for axis in axes:
-            size *= self.mesh.shape[axis]
-        return size
+        return math.prod(self.mesh.shape[axis] for axis in axes)
 
     def shard(self, body: Callable, *args: Any) -> jax.Array:
         """`body` on every device, of arrays [b, t, h, ...], [b, t] or FastWeights."""
@@ -40,8 +40,8 @@ class Place(NamedTuple):
 
 def find_place(mesh: Any) -> Place | None:
     """The place of `mesh` or, if None, of `jax.set_mesh`'s; None where no sequence is split."""
-    mesh = jax.sharding.get_abstract_mesh() if mesh is None else mesh
-    if mesh.empty:
+    mesh = current_mesh() if mesh is None else mesh
+    if mesh is None:
         return None
     group = lambda *axes: tuple(axis for axis in axes if axis in mesh.axis_names)  # noqa: E731
     split = tuple(axis for axis in group("ring", "context") if mesh.shape[axis] > 1)
@@ -59,5 +59,5 @@ def check_divides(place: Place, b: int, t: int, h: int) -> None:
         if size % ways:
             raise ValueError(
                 f"{name} {size} is not divisible by {' * '.join(axes)} = {ways}; "
-                f"nearest that are: {max(size // ways, 1) * ways}, {(size // ways + 1) * ways}"
+                f"nearest: {nearest_multiples(size, ways)}"
             )

@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Int
 
@@ -20,6 +19,7 @@ from sharding.context.checks import (
     Sizes,
     check_context,
     check_names,
+    current_mesh,
     mesh_sizes,
 )
 from sharding.context.cores import find_core
@@ -110,7 +110,7 @@ def make_plan(
 ) -> Plan:  # fmt: skip
     """The plan of a call on q, k, v of these shapes; ValueError, before anything runs, if there is none."""
     check_names(method, layout, core, policy)
-    mesh = _current_mesh() if mesh is None else mesh
+    mesh = current_mesh() if mesh is None else mesh
     h, hk, s = q.shape[2], k.shape[2], q.shape[1]
     check_context(
         mesh, method=method, num_heads=h, num_kv_heads=hk, seq_len=s, batch=q.shape[0],
@@ -147,12 +147,6 @@ def make_plan(
     )
     # What goes round a ring is computed here, not by a kernel.
     return plan if plan.ring is None else plan._replace(core=blockwise_attention, typed=True)
-
-
-def _current_mesh():
-    """That of `jax.set_mesh`; None without one, and inside shard_map, where shapes are one device's."""
-    mesh = jax.sharding.get_abstract_mesh()
-    return None if mesh.empty or AxisType.Manual in mesh.axis_types else mesh
 
 
 def _platform(mesh) -> str:
