@@ -185,7 +185,7 @@ def test_what_cannot_be_sharded_says_why():
         (lambda: context_recurrence("gla", *qkv(8), mesh=mesh), "log_decay is wrong"),
         (
             lambda: context_recurrence("linear_attention", *qkv(12), mesh=mesh),
-            "length 12 is not divisible by context = 8; nearest: \[8, 16\]",
+            r"length 12 is not divisible by context = 8; nearest: \[8, 16\]",
         ),
         (sharded_ttt("V2", 48), "multiple of 8 shards . chunk_size=4 = 32"),
         (sharded_ttt("base", 64), "chunk_size one of 8"),
