@@ -30,7 +30,9 @@ class DiTConfig:
     """Shape of a DiT on tokens; defaults train in minutes on a laptop. The masked prior's mask is the
     last id of the vocabulary."""
 
-    vocab: Annotated[int, "vocabulary, with the mask if there is one; at least the tokenizer's"] = 256
+    vocab: Annotated[int, "vocabulary, with the mask if there is one; at least the tokenizer's"] = (
+        256
+    )
     layers: Annotated[int, "number of blocks"] = 4
     d_model: Annotated[int, "width of the residual stream"] = 128
     heads: Annotated[int, "heads; d_model is an even multiple"] = 4
@@ -108,7 +110,9 @@ def affine(module: nn.Module, name: str, shape, axes, dtype, *, zero: bool = Fal
     return lambda x: x @ w.astype(x.dtype) + b.astype(x.dtype)
 
 
-def layer_norm(module: nn.Module, name: str, x: Float[Array, "*b d"], dtype) -> Float[Array, "*b d"]:
+def layer_norm(
+    module: nn.Module, name: str, x: Float[Array, "*b d"], dtype
+) -> Float[Array, "*b d"]:
     """LayerNorm with a learnt scale and no bias, in float32."""
     ones = nn.with_logical_partitioning(nn.initializers.ones_init(), ("norm",))
     scale = jnp.asarray(module.param(name, ones, x.shape[-1:], dtype))

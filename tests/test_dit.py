@@ -139,7 +139,9 @@ def test_sharded_over_the_sequence_gives_the_same_logits_and_gradients(method, r
 
 
 def test_documents_of_a_row_do_not_see_each_other(release):
-    apply = jax.jit(lambda x, s: MODULE.apply({"params": release[1]}, x, jnp.ones(1), segment_ids=s))
+    apply = jax.jit(
+        lambda x, s: MODULE.apply({"params": release[1]}, x, jnp.ones(1), segment_ids=s)
+    )
     x = jnp.arange(8)[None] % V
     segments = jnp.array([[1] * 4 + [2] * 4])
     one, other = (apply(y, segments) for y in (x, x.at[0, 6].set(9)))

@@ -69,7 +69,9 @@ def test_network_depends_on_image_level_and_class_and_has_gradients():
 def test_default_is_the_network_of_the_release():
     """35 million parameters, as the note says."""
     x = jax.ShapeDtypeStruct((1, 3072), jnp.int32)
-    shapes = jax.eval_shape(UNet().init, jax.random.key(0), x, jax.ShapeDtypeStruct((1,), "float32"))
+    shapes = jax.eval_shape(
+        UNet().init, jax.random.key(0), x, jax.ShapeDtypeStruct((1,), "float32")
+    )
     assert 34.5e6 < sum(a.size for a in jax.tree.leaves(shapes)) < 36.5e6
 
 

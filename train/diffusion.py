@@ -83,9 +83,7 @@ class Diffusion:
                     x, z = dense_relaxation(noise_key, x0, signal, noise, tau, vocab)
                     x, weights = jnp.log(x), None
                 else:
-                    x, weights, z = sparse_relaxation(
-                        noise_key, x0, signal, noise, tau, c.k, vocab
-                    )
+                    x, weights, z = sparse_relaxation(noise_key, x0, signal, noise, tau, c.k, vocab)
                 return uniform_nelbo(denoise(x, level.alpha, weights), z, x0, level)
 
             loss = jax.lax.cond(step < c.end, relaxed, plain)
