@@ -27,10 +27,11 @@ def _log_linear(t, eps: float, xp) -> Level:
 
 
 def _cosine(t, eps: float, xp, exact_derivative: bool = True) -> Level:
-    angle = np.pi / 2 * (1 - eps) * t
-    alpha = 2 * xp.square(xp.sin(np.pi / 4 * ((1 - t) + eps * t)))
+    left = np.pi / 2 * ((1 - t) + eps * t)
     slope = -np.pi / 2 * (1 - eps if exact_derivative else 1)
-    return Level(alpha, xp.sin(angle), slope * xp.cos(angle))
+    # Half angles and sines, not 1 - cos and cos: each part keeps its digits where it is near 0.
+    alpha, rest = 2 * xp.square(xp.sin(left / 2)), xp.sin(np.pi / 2 * (1 - eps) * t)
+    return Level(alpha, rest, slope * xp.sin(left))
 
 
 SCHEDULES = {"log-linear": _log_linear, "cosine": _cosine}
