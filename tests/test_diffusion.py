@@ -7,6 +7,7 @@ import pytest
 from diffusion_oracle import forward, nelbo, nelbo_release, posterior, prior_vector, psi
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.test_util import check_grads
 
 from jaxlab import diffusion as d
 
@@ -227,7 +228,7 @@ def test_gradients_along_logits_and_level():
     with jax.enable_x64(True):
         for t in (0.02, 0.5, 0.95):
             fn = lambda logits, t: d.uniform_nelbo(logits, z, x0, d.log_linear(t))  # noqa: B023, E731
-            jax.test_util.check_grads(fn, (jnp.asarray(logits), jnp.float64(t)), 1, eps=1e-5)
+            check_grads(fn, (jnp.asarray(logits), jnp.float64(t)), 1, eps=1e-5)
 
 
 def test_losses_are_finite_at_every_end():
@@ -271,7 +272,8 @@ def test_the_bound_is_exact_for_one_token(prior, schedule):
         x = 2
         got = np.sum(weight / 2 * np.asarray(losses_of(guess, x, prior, levels, vocab)))
         true = guess[x] if prior == "uniform" else guess[x] / p.sum()
-    np.testing.assert_allclose(got, -np.log(true), rtol=1e-5)
+    # 400 nodes leave 5e-6.
+    np.testing.assert_allclose(got, -np.log(true), atol=1e-5)
 
 
 def test_the_loss_is_the_limit_of_kl():

@@ -51,7 +51,8 @@ def gaussian_topk(uniforms: Float[Array, "*b k"], n: int, sigma: Number) -> Floa
     check_count("the last axis of uniforms", k, 1, n)
     log_u = jnp.cumsum(jnp.log(uniforms) / (n - jnp.arange(k, dtype=uniforms.dtype)), -1)
     # A draw of exactly 1 stands for the half step below it: the largest value stays finite.
-    log_u = jnp.minimum(log_u, -jnp.finfo(log_u.dtype).eps / 4 / n)
+    info = jnp.finfo(log_u.dtype)
+    log_u = jnp.clip(log_u, math.log(info.tiny), -info.eps / 4 / n)
     upper = log_u > -math.log(2)
     # From the nearer tail, where the probability has its digits.
     tail = jnp.where(upper, -jnp.expm1(log_u), jnp.exp(log_u))
@@ -60,7 +61,7 @@ def gaussian_topk(uniforms: Float[Array, "*b k"], n: int, sigma: Number) -> Floa
 
 def _log_mills(x: Float[Array, "*b"]) -> Float[Array, "*b"]:
     """log of (1 - cdf(x)) / density(x) of a standard normal."""
-    far = x > (20 if x.dtype == jnp.float64 else 6)
+    far = x > (19 if x.dtype == jnp.float64 else 6)
     big, small = jnp.where(far, x, 20), jnp.where(far, 0, x)
     y = 1 / jnp.square(big)
     series = -y * (1 - y * (3 - y * (15 - y * (105 - y * (945 - y * 10395)))))
@@ -98,20 +99,21 @@ def ids_from_draws(
     exclude = tokens("exclude", exclude, draws.shape[:-1])
     check_count("K", K, 2)
     check_count("the last axis of draws", draws.shape[-1], 1, K - 1)
-    ids = []
+    ids, taken = [], []  # in order of choice, and sorted
     for i in range(draws.shape[-1]):
         new = draws[..., i]
-        if ids:
-            taken = jnp.sort(jnp.stack(ids, -1), -1)
-            for j in range(i):
-                new = new + (new >= taken[..., j])
+        for other in taken:
+            new = new + (new >= other)
         ids.append(new)
+        for j, other in enumerate(taken):
+            taken[j], new = jnp.minimum(other, new), jnp.maximum(other, new)
+        taken.append(new)
     ids = jnp.stack(ids, -1)
     return ids + (ids >= exclude[..., None])
 
 
 def _rank_draws(key, shape, k: int, K: int) -> Int[Array, "*b k"]:
-    return jax.random.randint(key, (*shape, k), 0, K - 1 - jnp.arange(k))
+    return jax.random.randint(key, (*shape, k), 0, K - 1 - jnp.arange(k), jnp.int32)
 
 
 def distinct_ids(

@@ -71,5 +71,5 @@ def q_sample(
     which, draw = jax.random.split(key)
     rest = wide(level.one_minus_alpha)
     replaced = jax.random.uniform(which, x0.shape, rest.dtype) < rest
-    noise = mask_id if prior == "masked" else jax.random.randint(draw, x0.shape, 0, K)
+    noise = mask_id if prior == "masked" else jax.random.randint(draw, x0.shape, 0, K, jnp.int32)
     return jnp.where(replaced, noise, x0)

@@ -124,7 +124,8 @@ def _segment(name: str, mode: str, times: np.ndarray, schedule: str, eps: float)
     alpha_t, rest = level.alpha[:-1], level.one_minus_alpha[1:]
     most = np.where(alpha_t > 0, rest / np.where(alpha_t > 0, alpha_t, 1), np.inf)
     sigma = rule(number, most)
-    share = np.where(rest > 0, sigma / np.where(rest > 0, rest, 1), sigma > 0)
+    # Without noise left every kappa gives the same step; 0 is the limit of max-capped.
+    share = np.where(rest > 0, sigma / np.where(rest > 0, rest, 1), 1)
     kappa[:-1] = np.clip(1 - share, 0, 1)
     return kappa
 

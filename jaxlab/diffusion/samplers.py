@@ -118,7 +118,7 @@ def _row_keys(key: Key[Array, ""], batch: int) -> Key[Array, "b"]:
 def _prior_draw(key, shape, prior: str, mask_id: int | None, vocab: int) -> Int[Array, "b t"]:
     if prior == "masked":
         return jnp.full(shape, mask_id, jnp.int32)
-    draw = lambda key: jax.random.randint(key, shape[1:], 0, vocab)  # noqa: E731
+    draw = lambda key: jax.random.randint(key, shape[1:], 0, vocab, jnp.int32)  # noqa: E731
     return jax.vmap(draw)(_row_keys(key, shape[0]))
 
 
