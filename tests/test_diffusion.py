@@ -126,9 +126,7 @@ def test_forward_draws_follow_the_marginal(prior):
     level = d.log_linear(jnp.float32(0.6))
     z = d.q_sample(jax.random.key(0), x0, level, prior, mask, None if mask else 5)
     want = forward(np.eye(5)[3], float(level.alpha), prior, mask)
-    np.testing.assert_allclose(
-        d.q_probs(jnp.eye(5)[3:4], level, prior, mask)[0], want, atol=1e-7
-    )
+    np.testing.assert_allclose(d.q_probs(jnp.eye(5)[3:4], level, prior, mask)[0], want, atol=1e-7)
     counts = np.bincount(z, minlength=5) / n
     assert np.all(np.abs(counts - want) <= 4 * np.sqrt(want * (1 - want) / n))
     assert prior_vector(prior, mask, 5).sum() == pytest.approx(1)
@@ -204,7 +202,9 @@ def test_uniform_loss_is_its_definition(form):
 @pytest.mark.parametrize("schedule", ["log_linear", "cosine"])
 def test_float32_loss_and_gradient(k, n, schedule):
     """Property 6: relative 1e-5 from t = 1e-3 to 0.999, gradients 1.5e-5 of the largest of a row."""
-    run = jax.jit(jax.vmap(jax.value_and_grad(lambda *x: jnp.sum(d.uniform_nelbo(*x))), (1, 1, 1, None)))
+    run = jax.jit(
+        jax.vmap(jax.value_and_grad(lambda *x: jnp.sum(d.uniform_nelbo(*x))), (1, 1, 1, None))
+    )
     for i, t in enumerate((1e-3, 0.03, 0.5, 0.97, 0.999)):
         logits, z, x0 = random_case(k, n, i)
         # Networks sure of x0, and sure of a wrong z.
@@ -237,7 +237,11 @@ def test_losses_are_finite_at_every_end():
     logits = jnp.array([[[1e4] + [0] * 8, [0] * 8 + [-1e4], [-1e4] * 4 + [1e4] * 5, [0.0] * 9]])
     z = jnp.array([[0, 8, 3, 2]])
     for x0 in (z, (z + 4) % k):
-        for level in (d.Level(1.0, 0.0, -1.0), d.Level(0.0, 1.0, -1.0), d.log_linear(jnp.float32(0.5))):
+        for level in (
+            d.Level(1.0, 0.0, -1.0),
+            d.Level(0.0, 1.0, -1.0),
+            d.log_linear(jnp.float32(0.5)),
+        ):
             for loss in (d.uniform_nelbo, lambda *x: d.masked_nelbo(*x, 3)):
                 value, grad = jax.value_and_grad(lambda x: jnp.sum(loss(x, z, x0, level)))(logits)  # noqa: B023
                 assert np.isfinite(value) and np.all(np.isfinite(grad))

@@ -20,7 +20,9 @@ def test_operator_of_two_tokens_is_the_closed_form():
     np.testing.assert_allclose(slope, true, atol=1e-12)
     level = jax.jit(d.make_operator(2, -6, 6))(jnp.asarray(gamma, jnp.float32))
     np.testing.assert_allclose(level.alpha, 2 * special.ndtr(mu / np.sqrt(2)) - 1, atol=1e-6)
-    np.testing.assert_allclose(level.one_minus_alpha, 2 * special.ndtr(-mu / np.sqrt(2)), rtol=2e-5, atol=1e-9)
+    np.testing.assert_allclose(
+        level.one_minus_alpha, 2 * special.ndtr(-mu / np.sqrt(2)), rtol=2e-5, atol=1e-9
+    )
     np.testing.assert_allclose(level.dalpha, 2 * 12 * true, atol=1e-5)
 
 
@@ -80,7 +82,9 @@ def test_operator_is_the_law_of_the_argmax():
     gamma, n = -0.7, 1_000_000
     alpha, sigma = np.sqrt(special.expit(-gamma)), np.sqrt(special.expit(gamma))
     level = d.make_operator(16, -3, 3)(gamma)
-    run = jax.jit(lambda key: d.dense_relaxation(key, jnp.full(n // 10, 3), alpha, sigma, 0.1, 16)[1])
+    run = jax.jit(
+        lambda key: d.dense_relaxation(key, jnp.full(n // 10, 3), alpha, sigma, 0.1, 16)[1]
+    )
     z = np.concatenate([run(jax.random.key(i)) for i in range(10)])
     want = float(level.alpha) * np.eye(16)[3] + float(level.one_minus_alpha) / 16
     counts = np.bincount(z, minlength=16) / n
@@ -116,7 +120,9 @@ def test_truncated_mean(x64):
     with jax.enable_x64(x64):
         got = jax.jit(d.log_mean_exp_truncated)(*map(jnp.asarray, (c, sigma, tau)))
         # In float32 the quotient c / tau has an ulp of 6e-5.
-        np.testing.assert_allclose(got, true, atol=1e-10 if x64 else 3e-5, rtol=1e-10 if x64 else 2e-7)
+        np.testing.assert_allclose(
+            got, true, atol=1e-10 if x64 else 3e-5, rtol=1e-10 if x64 else 2e-7
+        )
 
 
 def test_ids_are_distinct_and_every_order_equally_frequent():
@@ -173,7 +179,10 @@ def test_weights_against_dense_draws():
     """Property 8: coupled with dense draws the error falls with k; K = 64."""
     K, n, alpha, sigma, tau = 64, 4000, 0.98, 0.2, 1e-2
     random = np.random.default_rng(0)
-    others, own = sigma * random.standard_normal((n, K - 1)), alpha * 0.55 + sigma * random.standard_normal(n)
+    others, own = (
+        sigma * random.standard_normal((n, K - 1)),
+        alpha * 0.55 + sigma * random.standard_normal(n),
+    )
     largest = np.maximum(others.max(-1), own)
     z = np.exp((others - largest[:, None]) / tau).sum(-1) + np.exp((own - largest) / tau)
     ordered, errors = -np.sort(-others, -1), []
@@ -204,7 +213,11 @@ def test_float32_weights(k):
     rest = np.where(inside, K - k, K - k - 1)
     v[..., -1] = np.where(inside, own, v[..., -1])
     top = np.maximum(v[..., 0], own)
-    tail = sigma**2 / (2 * tau**2) + special.log_ndtr(c / sigma - sigma / tau) - special.log_ndtr(c / sigma)
+    tail = (
+        sigma**2 / (2 * tau**2)
+        + special.log_ndtr(c / sigma - sigma / tau)
+        - special.log_ndtr(c / sigma)
+    )
     total = np.exp((v - top[..., None]) / tau).sum(-1) + rest * np.exp(tail - top / tau)
     total += np.where(inside, 0, np.exp((own - top) / tau))
     true = np.exp((v - top[..., None]) / tau) / total[..., None]
@@ -239,8 +252,12 @@ def test_dense_relaxation_and_embeddings():
     ids, weights = x0[..., None] + np.arange(2), np.array([0.7, 0.2]) * np.ones((2, 3, 2))
     rows = jax.jit(d.mix_embeddings)(table, ids, weights)
     np.testing.assert_allclose(rows, 0.7 * table[x0] + 0.2 * table[x0 + 1], rtol=1e-5)
-    grad = jax.grad(lambda t: jnp.sum(d.mix_embeddings(t, ids[:1, :1], weights[:1, :1])))(jnp.asarray(table))
-    np.testing.assert_allclose(grad, np.array([0.7, 0.2, 0, 0, 0, 0, 0])[:, None] * np.ones(4), rtol=1e-6)
+    grad = jax.grad(lambda t: jnp.sum(d.mix_embeddings(t, ids[:1, :1], weights[:1, :1])))(
+        jnp.asarray(table)
+    )
+    np.testing.assert_allclose(
+        grad, np.array([0.7, 0.2, 0, 0, 0, 0, 0])[:, None] * np.ones(4), rtol=1e-6
+    )
     assert d.mix_embeddings(jnp.asarray(table, jnp.bfloat16), x0).dtype == jnp.float32
 
 
@@ -278,7 +295,9 @@ def test_distillation():
     np.testing.assert_array_equal(d.dcd_loss(a, a), 0)
     steps = [0, 9999, 10000, 45000]
     assert [d.dcd_delta(s) for s in steps] == [1 / 512, 1 / 512, 2 / 512, 16 / 512]
-    np.testing.assert_array_equal(jax.jit(d.dcd_delta)(jnp.array(steps)), [d.dcd_delta(s) for s in steps])
+    np.testing.assert_array_equal(
+        jax.jit(d.dcd_delta)(jnp.array(steps)), [d.dcd_delta(s) for s in steps]
+    )
 
 
 def test_metrics():

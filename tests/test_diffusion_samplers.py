@@ -35,7 +35,11 @@ TABLE = {
 def guess(alpha, prior, corrupted):
     """The leave-one-out denoiser at every pair of tokens: [pairs, 2, V]."""
     vocab = 3 if prior == "uniform" else 4
-    lik = np.eye(3) * alpha + (1 - alpha) / 3 if prior == "uniform" else np.r_[np.eye(3), np.ones((1, 3))]
+    lik = (
+        np.eye(3) * alpha + (1 - alpha) / 3
+        if prior == "uniform"
+        else np.r_[np.eye(3), np.ones((1, 3))]
+    )
     z0, z1 = np.divmod(np.arange(vocab**2), vocab)
     p = np.stack([lik[z1] @ JOINT.T, lik[z0] @ JOINT], 1)
     p /= p.sum(-1, keepdims=True)
@@ -69,7 +73,9 @@ def transition():
     return jax.jit(over, static_argnums=(5, 6))
 
 
-@pytest.mark.parametrize("row", TABLE, ids=lambda r: f"{r[0]}-{'corrupted' if r[1] else 'exact'}-{r[2]}")
+@pytest.mark.parametrize(
+    "row", TABLE, ids=lambda r: f"{r[0]}-{'corrupted' if r[1] else 'exact'}-{r[2]}"
+)
 def test_the_two_token_chain(row, transition):
     """Property 11, to 6 digits: matrices of all steps, multiplied; ancestral removal last."""
     prior, corrupted, n = row
@@ -136,14 +142,25 @@ def test_time_profiles():
     spec = d.PsiSpec("linear-constant-linear-2.5e-1", high_frac=0.45, middle_frac=0.5)
     t = d.time_profile(spec, 99)
     assert len(t) == 100 and t[0] == 1 and t[-1] == 1e-5
-    np.testing.assert_array_equal(t[44:96], 0.25)  # 45 points down, 50 there, the last part starts there
+    np.testing.assert_array_equal(
+        t[44:96], 0.25
+    )  # 45 points down, 50 there, the last part starts there
     assert t[43] > 0.25 > t[96]
     assert d.time_profile(spec, 9)[-1] == 0.25  # a last part of one point
     inverse = d.PsiSpec("linear-constant-linear-0.9-inv", high_frac=0.5, middle_frac=0.25)
     assert d.time_profile(inverse, 19)[12] == pytest.approx(0.1)
-    assert d.time_profile(inverse, 19, schedule="cosine")[12] == pytest.approx(1 - 2 / np.pi * np.arccos(0.1))
+    assert d.time_profile(inverse, 19, schedule="cosine")[12] == pytest.approx(
+        1 - 2 / np.pi * np.arccos(0.1)
+    )
     # Both parts round up beyond all points: no more than there are.
-    assert len(d.time_profile(d.PsiSpec("linear-constant-linear-.5", high_frac=0.5, middle_frac=0.5), 2)) == 3
+    assert (
+        len(
+            d.time_profile(
+                d.PsiSpec("linear-constant-linear-.5", high_frac=0.5, middle_frac=0.5), 2
+            )
+        )
+        == 3
+    )
 
 
 def test_kappa_where_nothing_is_noise():
@@ -169,9 +186,15 @@ def test_draws_have_the_law_of_psi(prior, mask, step):
         x = np.eye(7)[z] if mask is not None and z != mask else p
         want = psi(x, z, 0.7, 0.3, 0.4, prior, mask)
         shape = (1000, 100)
-        given = jnp.broadcast_to(jnp.asarray(logits, jnp.float32), (*shape, 7)), jnp.full(shape, z), row
+        given = (
+            jnp.broadcast_to(jnp.asarray(logits, jnp.float32), (*shape, 7)),
+            jnp.full(shape, z),
+            row,
+        )
         if step == "draw":
-            got = jax.jit(d.categorical_step, static_argnums=(4, 5))(jax.random.key(z), *given, prior, mask)
+            got = jax.jit(d.categorical_step, static_argnums=(4, 5))(
+                jax.random.key(z), *given, prior, mask
+            )
         else:
             u = jax.random.uniform(jax.random.key(z), shape)
             got = jax.jit(d.inverse_cdf_step, static_argnums=(4, 5))(u, *given, prior, mask)
@@ -184,7 +207,10 @@ def test_draws_have_the_law_of_psi(prior, mask, step):
 
 def test_inverse_cdf_counts_the_sums_below():
     logits = np.random.default_rng(0).standard_normal((2, 50, 9))
-    z, u = np.random.default_rng(1).integers(0, 9, (2, 50)), np.random.default_rng(2).uniform(size=(2, 50))
+    z, u = (
+        np.random.default_rng(1).integers(0, 9, (2, 50)),
+        np.random.default_rng(2).uniform(size=(2, 50)),
+    )
     got = d.inverse_cdf_step(u, logits, z, coef(0.6, 0.2, 0.3))
     for i, j in np.ndindex(2, 50):
         law = psi(special.softmax(logits[i, j]), z[i, j], 0.6, 0.2, 0.3, "uniform")
@@ -197,7 +223,9 @@ def test_two_levels_draw_from_a_large_vocabulary():
     chosen = np.array([0, 255, 256, 30_000, 50_256])
     share = np.array([0.5, 0.3, 0.19, 0.0099, 1e-4])
     logits = jnp.full((1, 1, vocab), -jnp.inf).at[0, 0, chosen].set(jnp.log(share))
-    run = jax.jit(lambda u: jax.lax.map(lambda u: draw_and_mass(logits, jnp.zeros((1, 1), int), u)[0], u))
+    run = jax.jit(
+        lambda u: jax.lax.map(lambda u: draw_and_mass(logits, jnp.zeros((1, 1), int), u)[0], u)
+    )
     got = run(jax.random.uniform(jax.random.key(0), (n // 100, 2, 1, 1)))
     # The uniforms at their ends stay on tokens that exist.
     ends = run(jnp.array([0.0, 1 - 2.0**-24]).reshape(2, 1, 1, 1) * jnp.ones((2, 2, 1, 1)))
@@ -306,7 +334,9 @@ def test_sampling_is_reproducible_and_each_row_alone():
     rows = jax.NamedSharding(mesh, jax.P("data", None))
 
     def spread(z, sigma):
-        return jax.lax.with_sharding_constraint(denoise(z, sigma), jax.NamedSharding(mesh, jax.P("data")))
+        return jax.lax.with_sharding_constraint(
+            denoise(z, sigma), jax.NamedSharding(mesh, jax.P("data"))
+        )
 
     sharded = jax.jit(lambda key: d.sample(key, spread, CFG, (4, 8)), out_shardings=rows)
     np.testing.assert_array_equal(sharded(jax.random.key(0)), run(CFG))
@@ -324,12 +354,15 @@ def test_no_mask_is_left(removal, steps):
 
 def test_one_compilation_serves_all_kappas_and_times():
     """Property 10 and section 14."""
-    counted = jax.jit(chex.assert_max_traces(lambda key, c: d.sample(key, denoise, CFG, (2, 4), c), n=1))
+    counted = jax.jit(
+        chex.assert_max_traces(lambda key, c: d.sample(key, denoise, CFG, (2, 4), c), n=1)
+    )
     specs = [d.PsiSpec(low=f"max-capped-{eta}") for eta in (0.01, 0.1)] + [
         d.PsiSpec("linear-constant-linear-0.5", high_frac=0.3, middle_frac=0.3),
     ]
     outs = [
-        counted(jax.random.key(0), d.step_coefs(dataclasses.replace(CFG, psi=spec))) for spec in specs
+        counted(jax.random.key(0), d.step_coefs(dataclasses.replace(CFG, psi=spec)))
+        for spec in specs
     ]
     assert len({np.asarray(x).tobytes() for x in outs}) > 1
     chex.clear_trace_counter()
@@ -344,7 +377,9 @@ def test_a_constant_guess_is_exact_for_any_steps(prior):
     p = np.array([0.5, 0.3, 0.15, 0.05])
     wide = p if prior == "uniform" else np.append(p, 0)
     logits = jnp.log(jnp.asarray(wide, jnp.float32))
-    cfg = d.SamplerConfig(len(wide), 4, prior, None if prior == "uniform" else 4, psi=d.PsiSpec(low="constant-0.7"))
+    cfg = d.SamplerConfig(
+        len(wide), 4, prior, None if prior == "uniform" else 4, psi=d.PsiSpec(low="constant-0.7")
+    )
     constant = lambda z, sigma: jnp.broadcast_to(logits, (*z.shape, len(wide)))  # noqa: E731
     got = jax.jit(lambda key: d.sample(key, constant, cfg, (100, 1000)))(jax.random.key(0))
     counts = np.bincount(np.ravel(got), minlength=4)
@@ -365,7 +400,9 @@ def test_guided_sampling():
     )(jax.random.key(0))
     none = dataclasses.replace(cfg, guidance=None)
     np.testing.assert_array_equal(go(cfg), go(none))
-    np.testing.assert_array_equal(go(dataclasses.replace(cfg, guidance=0.0)), go(none, labels=jnp.array([2, 2])))
+    np.testing.assert_array_equal(
+        go(dataclasses.replace(cfg, guidance=0.0)), go(none, labels=jnp.array([2, 2]))
+    )
     # One step: kappa = 1 from the prior; then the law of the removal, by enumeration.
     one = dataclasses.replace(cfg, guidance=2.0, steps=1, psi=d.PsiSpec(), removal="none", eps=0.5)
     got = go(one)
@@ -373,7 +410,10 @@ def test_guided_sampling():
     for row in range(2):
         law = np.zeros(6)
         for z in range(6):
-            q = [posterior(special.softmax(by_label[i]), z, alpha[1], alpha[0], "uniform") for i in (row, 2)]
+            q = [
+                posterior(special.softmax(by_label[i]), z, alpha[1], alpha[0], "uniform")
+                for i in (row, 2)
+            ]
             mix = q[0] ** 2 / q[1]
             law += mix / mix.sum() / 6
         counts = np.bincount(got[row], minlength=6)

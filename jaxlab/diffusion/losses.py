@@ -14,6 +14,7 @@ from jaxlab.diffusion.schedules import Level
 
 EXCLUDED = -1e6  # log of a probability 0 that stays finite in products
 SMALLEST = 1e-30  # levels are clamped to it, so that no end of time divides by 0
+LARGEST = 1e18  # K alpha / (1 - alpha) is clamped to it, so that its square is a float32
 
 
 def _inputs(logits, z, x0, level: Level):
@@ -80,8 +81,8 @@ def _split_log(e, apart):
 
 def _terms(logits, alpha, rest, z, x0):
     """Per token: coefficient 1 / (K alpha), r, and p as an array with what of it is summed."""
-    alpha, rest = jnp.maximum(alpha, SMALLEST), jnp.maximum(rest, SMALLEST)
     k = logits.shape[-1]
+    alpha, rest = jnp.maximum(alpha, SMALLEST), jnp.maximum(rest, k / LARGEST)
     p = jax.nn.softmax(logits, -1)
     return 1 / (k * alpha), k * alpha / rest, p, jnp.arange(k) == x0[..., None]
 
@@ -107,20 +108,38 @@ def _uniform_value(logits, alpha, rest, slope, z, x0):
 
 
 def _uniform_slopes(logits, alpha, rest, slope, z, x0):
-    """d loss / d logits: a_j e_j = b_j - a_j is the slope along log(1 + r p_j)."""
+    """d loss / d logits, p_m (v_m - sum_j p_j v_j) with v = r (b_j - a_j) / (1 + r p_j).
+
+    At z, v is -r (sum b - sum a) / (1 + r p_z). Only differences of v count: they are taken to the
+    likeliest token t, each in a form that does not cancel.
+    """
     scale, r, p, own = _terms(logits, alpha, rest, z, x0)
-    p_z = at(p, z)[..., None]
-    r, same = r[..., None], (z == x0)[..., None]
+    k, ids = p.shape[-1], jnp.arange(p.shape[-1])
+    t = jnp.argmax(logits, -1)
+    p_z, p_t, r = at(p, z)[..., None], at(p, t)[..., None], r[..., None]
+    z, x0, t = (x[..., None] for x in (z, x0, t))
+    same = z == x0
     wrong = jnp.sum(jnp.where(own, 0, p), -1, keepdims=True)
-    below = 1 + r * p_z
-    ae = jnp.where(same, wrong / (1 + r) + p, p - p_z) * (r / below)
-    ae_x = jnp.where(same, 0, -(r * wrong / below + (1 + r) * (r * p_z / below)))
-    ae = jnp.where(own, ae_x, ae)
-    rp = r * p
-    g = ae * (rp / (1 + rp))
-    here = jnp.arange(p.shape[-1]) == z[..., None]
-    g = g - jnp.where(here, jnp.sum(ae, -1, keepdims=True) * (r * p_z / below), 0)
-    return -(slope * scale)[..., None] * (g - p * jnp.sum(g, -1, keepdims=True))
+    unlikely = jnp.sum(jnp.where(ids == t, 0, p), -1, keepdims=True)
+    at_z, at_t, all_ = 1 + r * p_z, 1 + r * p_t, 1 + r * p
+    share, share_t = r * p / all_, r * p_t / at_t
+
+    # v itself: at z, at another token.
+    v_z = r * jnp.where(same, -wrong / (1 + r), p_z) * (r / at_z) * ((k + r) / at_z)
+    v_x = (
+        -r * (wrong / at_z + (1 + r) * (p_z / at_z)) * (r / (1 + r * at(p, x0[..., 0])[..., None]))
+    )
+    v = jnp.where(same, wrong / (1 + r) + p, p - p_z) * (r / at_z) * (r / all_)
+    v = jnp.where(own, v_x, v)
+    v_t = jnp.sum(jnp.where(ids == t, v, 0), -1, keepdims=True)
+    # v - v_t where neither is z: both of one a, or one of them x0.
+    a = jnp.where(same, 1 / (1 + r), 1)
+    to_t = a * (r / all_) * (r / at_t) * (p - p_t)
+    to_t = jnp.where(t == x0, (r / at_t) * (r * unlikely / all_ + (1 + r) * share), to_t)
+    to_t = jnp.where(own, -(r / all_) * (r * wrong / at_t + (1 + r) * share_t), to_t)
+    w = jnp.where(ids == z, v_z - v_t, jnp.where(t == z, v - v_z, to_t))
+    w = jnp.where(ids == t, 0, w)
+    return -(slope * scale)[..., None] * p * (w - jnp.sum(p * w, -1, keepdims=True))
 
 
 @jax.custom_jvp
