@@ -83,7 +83,11 @@ def measure(calls: dict, repeats: int) -> dict:
 def compilations(n: int) -> int:
     """How often a sampler is compiled for n schedules of kappa."""
     cfg = d.SamplerConfig(vocab=11, steps=16)
-    run = jax.jit(lambda key, coefs: d.sample(key, lambda z, _: z[..., None] * jnp.ones(11), cfg, (2, 8), coefs))
+    run = jax.jit(  # noqa: E501
+        lambda key, coefs: d.sample(
+            key, lambda z, _: z[..., None] * jnp.ones(11), cfg, (2, 8), coefs
+        )
+    )
     for i in range(n):
         psi = d.PsiSpec(low=f"max-capped-{i / n}")
         run(jax.random.key(0), d.step_coefs(dataclasses.replace(cfg, psi=psi)))
@@ -106,7 +110,10 @@ def markdown(r: dict) -> str:
         base = next(iter(r[what].values()))
         for form, row in r[what].items():
             ms = f"{1e3 * row['min_s']:.2f} ({1e3 * row['median_s']:.2f})"
-            gain = base["min_s"] / row["min_s"], base["temporary_bytes"] / max(row["temporary_bytes"], 1)
+            gain = (
+                base["min_s"] / row["min_s"],
+                base["temporary_bytes"] / max(row["temporary_bytes"], 1),
+            )  # noqa: E501
             mib = f"{row['temporary_bytes'] / 2**20:.2f}"
             lines.append(f"| {what} | {form} | {ms} | {mib} | {gain[0]:.1f} | {gain[1]:.1f} |")
     small, large = (r["relaxation_temporary_bytes"][str(v)] for v in r["vocabularies"])
@@ -135,7 +142,9 @@ def main() -> None:
     vocabularies, schedules = [10**3, options.vocab], 8
     x0 = jnp.zeros((1, options.tokens), int)
     relaxed = {
-        str(v): compiled(lambda key, x0, v=v: d.sparse_relaxation(key, x0, *LEVEL, options.k, v), x0)[1]
+        str(v): compiled(
+            lambda key, x0, v=v: d.sparse_relaxation(key, x0, *LEVEL, options.k, v), x0
+        )[1]
         for v in vocabularies
     }
     record = environment() | {

@@ -52,7 +52,18 @@ def test_operator_has_the_reference_values(K, kind):
 
 def test_poly9_is_the_polynomial_of_the_release():
     t = jnp.linspace(0, 1, 11)
-    release = [0.94548, -0.52857, -1.80157, -1.47020, 2.76529, 22.27457, -60.6564, 65.29868, -33.74783, 6.96988]  # fmt: skip
+    release = [
+        0.94548,
+        -0.52857,
+        -1.80157,
+        -1.47020,
+        2.76529,
+        22.27457,
+        -60.6564,
+        65.29868,
+        -33.74783,
+        6.96988,
+    ]  # noqa: E501
     operator = d.make_operator(50257, -3.55, -1.85, "poly9")
     level = operator(-3.55 + 1.7 * t)
     expected = np.polynomial.Polynomial(release)
@@ -148,8 +159,9 @@ def relaxed(k, K, n, alpha, sigma, tau=1e-3, rule="exact", seed=0):
     return x0, *run(jax.random.key(seed), x0, alpha, sigma, tau, k, K, rule)
 
 
-@pytest.mark.parametrize("k", [2, 3, 5])
-@pytest.mark.parametrize("K, gamma", [(50257, -3.0), (64, -1.5), (8, 0.0)])
+@pytest.mark.parametrize(
+    "k, K, gamma", [(2, 50257, -3.0), (3, 50257, -3.0), (5, 50257, -3.0), (3, 8, 0.0)]
+)
 def test_argmax_has_the_marginal_law(k, K, gamma):
     """Property 8: P(z = x0) = alpha + (1 - alpha) / K; the release's rule fails it."""
     n = 200_000
@@ -202,7 +214,7 @@ def test_float32_weights(k):
     K, alpha, sigma, tau = 50257, 0.98, 0.2, 1e-3
     x0 = jnp.zeros((1, 3000), int)
     u = 1 - jax.random.uniform(jax.random.key(0), (1, 3000, k))
-    normals = jax.random.normal(jax.random.key(1), (1, 3000)) - 1
+    normals = jax.random.normal(jax.random.key(1), (1, 3000)) - 1  # noqa: E501
     draws = jnp.zeros((1, 3000, k), int)
     got = np.asarray(jax.jit(d.sparse_from_draws, static_argnums=7)(u, normals, draws, x0, alpha, sigma, tau, K)[1])  # fmt: skip
     log_u = np.cumsum(np.log(np.asarray(u, np.float64)) / (K - 1 - np.arange(k)), -1)
@@ -222,7 +234,7 @@ def test_float32_weights(k):
     total += np.where(inside, 0, np.exp((own - top) / tau))
     true = np.exp((v - top[..., None]) / tau) / total[..., None]
     # v has an ulp of 6e-8, divided by tau.
-    np.testing.assert_allclose(got, true, atol=1.5e-4)
+    np.testing.assert_allclose(got, true, atol=1.5e-4)  # noqa: E501
     with jax.enable_x64(True):
         wide = d.sparse_from_draws(np.asarray(u, np.float64), np.asarray(normals, np.float64), draws, x0, alpha, sigma, tau, K)[1]  # fmt: skip
         np.testing.assert_allclose(wide, true, atol=1e-10)

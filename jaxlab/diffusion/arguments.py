@@ -36,6 +36,7 @@ def check_count(name: str, value, least: int, most: int | None = None) -> None:
     """TypeError unless an integer, ValueError unless within bounds."""
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise TypeError(f"{name}={value!r} must be an integer")
+    value = int(value)
     if value < least or (most is not None and value > most):
         allowed = f"at least {least}" if most is None else f"from {least} to {most}"
         raise ValueError(f"{name}={value} must be {allowed}")
@@ -61,7 +62,11 @@ def check_alphas(alpha_s, alpha_t) -> None:
     """ValueError for host levels out of (0, 1], or a later one above an earlier one."""
     check_range("alpha_s", alpha_s, 0, 1, open_low=True)
     check_range("alpha_t", alpha_t, 0, 1, open_low=True)
-    if isinstance(alpha_s, HOST) and isinstance(alpha_t, HOST) and np.any(alpha_s < alpha_t):
+    if (
+        isinstance(alpha_s, HOST)
+        and isinstance(alpha_t, HOST)
+        and np.any(np.asarray(alpha_s) < np.asarray(alpha_t))
+    ):
         raise ValueError(f"alpha_s={alpha_s} must be at least alpha_t={alpha_t}")
 
 

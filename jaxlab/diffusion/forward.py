@@ -29,6 +29,13 @@ def prior_probs(prior: str, mask_id: int | None, vocab: int, dtype) -> Float[Arr
     return (jnp.arange(vocab) == mask_id).astype(dtype)
 
 
+def prior_draw(key, shape: tuple[int, ...], mask_id: int | None, vocab: int) -> Int[Array, "*b"]:
+    """Tokens of the prior: the mask, or any token where there is none."""
+    if mask_id is not None:
+        return jnp.full(shape, mask_id, jnp.int32)
+    return jax.random.randint(key, shape, 0, vocab, jnp.int32)
+
+
 def q_probs(
     p: Float[Array, "*b v"], level: Level, prior: str, mask_id: int | None = None
 ) -> Float[Array, "*b v"]:
@@ -71,5 +78,5 @@ def q_sample(
     which, draw = jax.random.split(key)
     rest = wide(level.one_minus_alpha)
     replaced = jax.random.uniform(which, x0.shape, rest.dtype) < rest
-    noise = mask_id if prior == "masked" else jax.random.randint(draw, x0.shape, 0, K, jnp.int32)
+    noise = prior_draw(draw, x0.shape, mask_id, K or 0)
     return jnp.where(replaced, noise, x0)

@@ -17,7 +17,7 @@ SMALLEST = 1e-30  # levels are clamped to it, so that no end of time divides by 
 LARGEST = 1e18  # K alpha / (1 - alpha) is clamped to it, so that its square is a float32
 
 
-def _inputs(logits, z, x0, level: Level):
+def _inputs(logits, z, x0, level: Level) -> tuple:
     logits = floats("logits", logits)
     z, x0 = tokens("z", z, logits.shape[:-1]), tokens("x0", x0, logits.shape[:-1])
     check_range("level.alpha", level.alpha, 0, 1)
@@ -155,11 +155,11 @@ def _uniform_jvp(primals, tangents):
     if type(d_logits) is not zero:
         tangent = jnp.sum(_uniform_slopes(*primals) * d_logits, -1)
     if any(type(x) is not zero for x in levels):
-        logits, *given, z, x0 = primals
+        logits, z, x0, given = primals[0], *primals[4:], primals[1:4]
         levels = [
             jnp.zeros_like(p) if type(t) is zero else t for p, t in zip(given, levels, strict=True)
         ]
-        along = jax.jvp(lambda *x: _uniform_value(logits, *x, z, x0), given, levels)[1]
+        along = jax.jvp(lambda a, b, c: _uniform_value(logits, a, b, c, z, x0), given, levels)[1]
         tangent = tangent + along
     return out, jnp.broadcast_to(tangent, out.shape)
 

@@ -25,7 +25,7 @@ def _normal(x):
 
 
 def _log_cdf(x):
-    tail = _erfc(np.abs(x) / math.sqrt(2)).astype(np.float64) / 2
+    tail = np.asarray(_erfc(np.abs(x) / math.sqrt(2)), np.float64) / 2
     with np.errstate(divide="ignore"):
         return np.where(x > 0, np.log1p(-tail), np.log(tail))
 
@@ -128,7 +128,7 @@ def _interpolated(parts, width: float) -> Callable:
 def _polynomial(alphas: np.ndarray) -> Callable:
     """Least squares of degree 9 over the window, in x = 2 place - 1, where float32 keeps its digits."""
     fit = np.polynomial.Polynomial.fit(np.linspace(-1, 1, len(alphas)), alphas, 9, domain=[-1, 1])
-    powers, slopes = fit.coef, 2 * fit.deriv().coef
+    powers, slopes = (np.asarray(f.coef, np.float64) for f in (fit, 2 * fit.deriv()))
 
     def horner(coefficients, x):
         total = coefficients[-1] + 0 * x
@@ -175,7 +175,7 @@ def make_operator(
     if not (math.isfinite(gamma_min) and math.isfinite(gamma_max) and gamma_min < gamma_max):
         raise ValueError(f"gamma_min={gamma_min} must be below gamma_max={gamma_max}, both finite")
     width = gamma_max - gamma_min
-    values = _exact if kind == "exact" else _series
+    values = _series if kind == "series" else _exact
     smooth = _interpolated(values(np.linspace(gamma_min, gamma_max, NODES), K), width)
     if kind in ("exact", "series"):
 

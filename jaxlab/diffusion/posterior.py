@@ -50,7 +50,7 @@ def coef_of(alpha_s, alpha_t, kappa, dtype) -> StepCoef:
     return StepCoef(*(jnp.asarray(x, dtype) for x in parts))
 
 
-def _over(a, b, otherwise: float):
+def _over(a, b, otherwise):
     """a / b, and `otherwise` where b is 0."""
     return jnp.where(b > 0, a / jnp.where(b > 0, b, 1), otherwise)
 
@@ -161,7 +161,8 @@ def psi_weights(
     check_count("K", K, 2)
     dtype = floating_type(p_z)
     weights = uniform_weights(per_token(p_z, dtype), coef_of(alpha_s, alpha_t, kappa, dtype), K)
-    return tuple(jnp.broadcast_arrays(*weights))
+    w_x, w_z, w_u = jnp.broadcast_arrays(*weights)
+    return w_x, w_z, w_u
 
 
 def psi_weights_masked(

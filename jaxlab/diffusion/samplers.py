@@ -22,7 +22,7 @@ from jaxlab.diffusion.arguments import (
     tokens,
 )  # fmt: skip
 from jaxlab.diffusion.draws import draw_and_mass, fine_uniform, nucleus, race_categorical
-from jaxlab.diffusion.forward import prior_probs
+from jaxlab.diffusion.forward import prior_draw, prior_probs
 from jaxlab.diffusion.losses import subs
 from jaxlab.diffusion.posterior import StepCoef, guided_probs, mixture, weights_of
 from jaxlab.diffusion.psi_schedule import PsiSpec, check_spec, kappa_schedule, time_profile
@@ -91,16 +91,16 @@ def step_coefs(cfg: SamplerConfig) -> StepCoef:
     told = (cfg.prior == "uniform") if cfg.time_conditioning is None else cfg.time_conditioning
     alpha_s = after(level.alpha, 1.0)
     rest_s = after(level.one_minus_alpha, 0.0)
-    rows = StepCoef(
-        alpha_s=alpha_s,
-        alpha_t=level.alpha,
-        one_minus_alpha_s=rest_s,
-        one_minus_alpha_t=level.one_minus_alpha,
-        gap=level.one_minus_alpha - rest_s,
-        kappa=np.append(kappa[:-1], 1.0),
-        sigma=-np.log(level.alpha) if told else np.zeros_like(level.alpha),
-    )
-    return StepCoef(*(jnp.asarray(x, floating_type(1.0)) for x in rows))
+    rows = {
+        "alpha_s": alpha_s,
+        "alpha_t": level.alpha,
+        "one_minus_alpha_s": rest_s,
+        "one_minus_alpha_t": level.one_minus_alpha,
+        "gap": level.one_minus_alpha - rest_s,
+        "kappa": np.append(kappa[:-1], 1.0),
+        "sigma": -np.log(level.alpha) if told else np.zeros_like(level.alpha),
+    }
+    return StepCoef(**{name: jnp.asarray(x, floating_type(1.0)) for name, x in rows.items()})
 
 
 def _step_inputs(logits, z, coef: StepCoef, prior, mask_id):
@@ -115,10 +115,8 @@ def _row_keys(key: Key[Array, ""], batch: int) -> Key[Array, "b"]:
     return jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(batch))
 
 
-def _prior_draw(key, shape, prior: str, mask_id: int | None, vocab: int) -> Int[Array, "b t"]:
-    if prior == "masked":
-        return jnp.full(shape, mask_id, jnp.int32)
-    draw = lambda key: jax.random.randint(key, shape[1:], 0, vocab, jnp.int32)  # noqa: E731
+def _prior_rows(key, shape, mask_id: int | None, vocab: int) -> Int[Array, "b t"]:
+    draw = lambda key: prior_draw(key, shape[1:], mask_id, vocab)  # noqa: E731
     return jax.vmap(draw)(_row_keys(key, shape[0]))
 
 
@@ -144,7 +142,7 @@ def categorical_step(
     u = jnp.moveaxis(jax.vmap(draw)(_row_keys(choice, z.shape[0])), 1, 0)
     guess, p_z = draw_and_mass(logits, z, u[1:])
     w_x, _, w_u = weights_of(p_z, z, coef, prior, mask_id, vocab)
-    noise = _prior_draw(renew, z.shape, prior, mask_id, vocab)
+    noise = _prior_rows(renew, z.shape, mask_id, vocab)
     # The rare branches first, where a uniform has its digits.
     return jnp.where(u[0] < w_u, noise, jnp.where(u[0] < w_u + w_x, guess, z))
 
@@ -178,24 +176,25 @@ def _guesses(denoise_fn, cfg: SamplerConfig, z, sigma, labels) -> list[Float[Arr
     """Log-probabilities or logits with and, if guidance needs it, without the class; no nucleus."""
     sigma = jnp.broadcast_to(sigma, z.shape[:1])
     given = [()] if labels is None else [(labels,)]
-    if cfg.guidance is not None and cfg.guidance != 1:
-        without = (jnp.full_like(labels, cfg.num_classes),)
+    if labels is not None and cfg.guidance is not None and cfg.guidance != 1:
+        without = (jnp.full_like(labels, cfg.num_classes or 0),)
         given = [without] if cfg.guidance == 0 else [*given, without]
     out = []
     for extra in given:
         logits = floats("the result of denoise_fn", denoise_fn(z, sigma, *extra))
         if logits.shape != (*z.shape, cfg.vocab):
             raise ValueError(f"denoise_fn gave {logits.shape}; expected {(*z.shape, cfg.vocab)}")
-        out.append(subs(logits, z, cfg.mask_id) if cfg.prior == "masked" else logits)
+        out.append(logits if cfg.mask_id is None else subs(logits, z, cfg.mask_id))
     return out
 
 
-def _guided(guesses, z, coef: StepCoef, cfg: SamplerConfig) -> Float[Array, "b t v"]:
+def _guided(guesses, z, coef: StepCoef, cfg) -> Float[Array, "b t v"]:
     """Psi of two guesses: guidance on the posteriors to s and to 0, then their mixture."""
 
     def posterior(c: StepCoef):
-        both = (mixture(jax.nn.softmax(x, -1), z, c, cfg.prior, cfg.mask_id) for x in guesses)
-        return guided_probs(*both, cfg.guidance)
+        probs = (jax.nn.softmax(x, -1) for x in guesses)
+        cond, uncond = (mixture(p, z, c, cfg.prior, cfg.mask_id) for p in probs)
+        return guided_probs(cond, uncond, cfg.guidance)
 
     one, zero = jnp.ones_like(coef.kappa), jnp.zeros_like(coef.kappa)
     to_s = posterior(coef._replace(kappa=one))
@@ -208,7 +207,7 @@ def _guided(guesses, z, coef: StepCoef, cfg: SamplerConfig) -> Float[Array, "b t
     return coef.kappa * to_s + (1 - coef.kappa) * renewed
 
 
-def _run(denoise_fn, cfg: SamplerConfig, z, draws, coefs, labels, draw, draw_guided, keep):
+def _run(denoise_fn, cfg, z, draws, coefs, labels, draw, draw_guided, keep) -> tuple:
     """The loop of both samplers: (tokens, z after each step if `keep`). `draws`: N + 1 rows."""
     coefs = step_coefs(cfg) if coefs is None else coefs
     for name, x in zip(StepCoef._fields, coefs, strict=True):
@@ -272,7 +271,7 @@ def sample(
         return draw_and_mass(jnp.log(probs), jnp.zeros(shape, jnp.int32), u)[0]
 
     keys = jax.vmap(lambda i: jax.random.fold_in(steps, i))(jnp.arange(cfg.steps + 1))
-    z = _prior_draw(start, tuple(shape), cfg.prior, cfg.mask_id, cfg.vocab)
+    z = _prior_rows(start, tuple(shape), cfg.mask_id, cfg.vocab)
     draws = (categorical_step, draw_guided)
     return _run(denoise_fn, cfg, z, keys, coefs, labels, *draws, keep=False)[0]
 
