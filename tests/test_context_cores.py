@@ -82,7 +82,7 @@ def test_a_core_of_the_caller_is_called_anew_every_time():
         calls.append(core.calls)
     assert calls[0] > 0 and calls[1] == 2 * calls[0]
     np.testing.assert_array_equal(*outs)
-    assert_close(outs[:1], [attention_layer(x, *weights, core="dense")], 1e-6)
+    np.testing.assert_allclose(outs[0], attention_layer(x, *weights, core="dense"), atol=1e-6)
 
 
 RULES = [
