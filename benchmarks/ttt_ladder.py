@@ -152,7 +152,7 @@ def main() -> None:
     parser.add_argument("--shape", type=int, nargs=4, default=(1, 2048, 2, 64), metavar="N")
     parser.add_argument("--chunk-size", type=int, default=256)
     parser.add_argument("--repeats", type=int, default=5, help="timing rounds")
-    parser.add_argument("--steps", type=int, default=150, help="training steps of each model")
+    parser.add_argument("--steps", type=int, default=100, help="training steps of each model")
     parser.add_argument("--batch", type=int, default=8, help="rows a step")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--batches", type=int, default=8, help="held-out batches; 0: all")

@@ -122,7 +122,7 @@ def markdown(r: dict) -> str:
 def main() -> None:
     """Parses the command line, measures, writes and prints."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=150, help="training steps of each model")
+    parser.add_argument("--steps", type=int, default=100, help="training steps of each model")
     parser.add_argument("--batch", type=int, default=8, help="rows a step")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--inner", type=int, nargs="+", default=[1, 2, 4, 8], help="inner steps")

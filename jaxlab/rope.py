@@ -87,7 +87,7 @@ def rope_frequencies(head_dim: int, theta: float, scaling: Scaling | None = None
     elif scaling is not None:
         legal = "LinearScaling, Llama3Scaling, YarnScaling, None"
         raise ValueError(f"scaling={scaling!r} is not one of {legal}")
-    return frequency.astype(np.float32)
+    return frequency
 
 
 def _yarn_ramp(head_dim: int, theta: float, scaling: YarnScaling) -> np.ndarray:

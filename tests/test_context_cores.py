@@ -39,6 +39,9 @@ def shape(*sizes, dtype="bfloat16"):
         ("gpu", 1, shape(1, 256, 4, 64), RULE, True, "blockwise"),
         ("gpu", 1, shape(1, 256, 4, 64), RULE._replace(softcap=1.0), False, "blockwise"),
         ("gpu", 1, shape(1, 256, 4, 64, dtype="float32"), RULE, False, "blockwise"),
+        ("gpu", 1, shape(1, 256, 4, 192), RULE, False, "blockwise"),
+        ("gpu", 1, shape(1, 256, 4, 64), RULE._replace(window=5), False, "cudnn"),
+        ("gpu", 1, shape(1, 256, 4, 64), RULE._replace(window=5, causal=False), False, "blockwise"),
     ],
 )
 def test_auto_takes_the_kernel_of_the_platform_where_it_can(
@@ -55,6 +58,31 @@ def test_a_core_named_says_why_it_cannot():
     with pytest.raises(ValueError, match="got 200 and 128; use core='blockwise'"):
         find_core("splash", "tpu", 1, shape(1, 200, 4, 128), RULE, None)
     assert "at most 512 blocks" in splash_problem(shape(1, 2**21, 1, 128))
+
+
+class Counting:
+    """A core that counts its calls, and that has no hash."""
+
+    __hash__ = None  # pyright: ignore[reportAssignmentType]
+
+    def __init__(self):
+        self.calls = 0
+
+    def __call__(self, q, k, v, **how):
+        self.calls += 1
+        return dense_attention(q, k, v, **how)
+
+
+def test_a_core_of_the_caller_is_called_anew_every_time():
+    x, *weights, _ = layer_inputs(0)
+    core = Counting()
+    outs, calls = [], []
+    for _ in range(2):
+        outs.append(attention_layer(x, *weights, core=core))
+        calls.append(core.calls)
+    assert calls[0] > 0 and calls[1] == 2 * calls[0]
+    np.testing.assert_array_equal(*outs)
+    np.testing.assert_allclose(outs[0], attention_layer(x, *weights, core="dense"), atol=1e-6)
 
 
 RULES = [

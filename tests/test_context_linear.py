@@ -180,6 +180,7 @@ def test_what_cannot_be_sharded_says_why():
         cfg = dataclasses.replace(SMALL[name], **changes)
         return lambda: context_ttt(**ttt_inputs(cfg, t), cfg=cfg, mesh=mesh)
 
+    assert context_recurrence("linear_attention", *qkv(0), mesh=mesh).shape == (1, 0, 1, 2)
     for call, message in (
         (lambda: context_recurrence("rnn", *qkv(8), mesh=mesh), "method='rnn' must be one of"),
         (lambda: context_recurrence("gla", *qkv(8), mesh=mesh), "log_decay is wrong"),

@@ -304,6 +304,7 @@ def test_errors_name_the_argument_before_anything_is_computed():
         (lambda: linear(visibility="all"), "visibility='all'"),
         (lambda: linear(feature_map="exp"), "feature_map='exp'"),
         (lambda: la.feature_map("exp"), "feature_map='exp'"),
+        (lambda: la.feature_map(["relu"]), "feature_map="),
         (lambda: linear(segment_ids=jnp.zeros((B, T + 1), int)), "segment_ids="),
         (lambda: linear(normalize=True), "non-negative"),
         (lambda: linear(normalize=True, feature_map="silu"), "non-negative"),

@@ -77,8 +77,8 @@ def test_frequencies_are_the_published_formulas(head_dim, theta, factor, length,
         table[c] = [yarn(i, f, head_dim, theta, c) for i, f in enumerate(plain)]
     for scaling, expected in table.items():
         got = rope_frequencies(head_dim, theta, scaling)
-        assert got.dtype == np.float32 and got.shape == (head_dim // 2,)
-        np.testing.assert_allclose(got, expected, rtol=2e-7, err_msg=repr(scaling))
+        assert got.dtype == np.float64 and got.shape == (head_dim // 2,)
+        np.testing.assert_allclose(got, expected, rtol=1e-12, err_msg=repr(scaling))
 
 
 def test_long_wavelengths_are_stretched_and_short_ones_kept():

@@ -57,6 +57,10 @@ def test_newton_schulz_without_steps_only_scales_and_takes_coefficients():
     exact = newton_schulz(low.astype("float32")).astype("bfloat16")
     assert np.array_equal(newton_schulz(low), exact)
     assert not np.array_equal(newton_schulz(low, dtype="bfloat16"), exact)
+    # Norms whose squares are beyond the type of the iteration, or of the input.
+    for scale, dtype in ((300, "float16"), (1e20, "float32"), (1e-30, "float32")):
+        big = newton_schulz(scale * jnp.eye(8), dtype=dtype)
+        assert_close(big, newton_schulz(jnp.eye(8)) if scale > 1 else 0 * big, 2e-3)
     values = np.linalg.svd(newton_schulz(draw(3, 64, 64).astype("float32")), compute_uv=False)
     assert 0.5 < values.min() and values.max() < 1.2
 
@@ -75,6 +79,7 @@ def test_newton_schulz_names_what_it_does_not_know():
         (lambda: newton_schulz(g, "lact", 6), "steps=6 must be at most 5"),
         (lambda: newton_schulz(g, "muon", -1), "steps=-1"),
         (lambda: newton_schulz(g, [(1.0, 2.0)]), "coeffs="),
+        (lambda: newton_schulz(g, [(1.0, 2.0, 3.0)]), "a triple for each of steps=5"),
         (lambda: newton_schulz(g[0]), "G has shape"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -226,6 +231,7 @@ def test_oracle_names_what_does_not_fit():
         (lambda: to_linear_attention(q, k, v, {"theta": (), "w": w, "b": v}, phi), "bias-free"),
         (lambda: to_linear_attention(q, k, v, {"w": w}, phi), "bias-free"),
         (lambda: to_linear_attention(q, k, v, {"theta": (), "w": w[:, :1]}, phi), "'w'"),
+        (lambda: to_linear_attention(q, k, v, {"theta": (), "w": w[:-1]}, phi), "features"),
         (lambda: to_linear_attention(q, k, v, {"theta": (), "w": w}, phi, momentum=v), "momentum"),
     ):
         with pytest.raises(ValueError, match=message):

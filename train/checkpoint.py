@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import json
 import logging
 import math
 import shutil
@@ -66,11 +65,6 @@ def _paths(tree: Any) -> list[str]:
     return [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves]
 
 
-def _file_sizes(folder: Path) -> dict[str, int]:
-    files = sorted(p for p in folder.rglob("*") if p.is_file())
-    return {str(p.relative_to(folder)): p.stat().st_size for p in files}
-
-
 class StructureError(ValueError):
     """The checkpoint is sound but belongs to another model or optimiser."""
 
@@ -102,17 +96,13 @@ class Checkpoints:
             cleanup_tmp_directories=not read_only,
         )
         self._manager: ocp.CheckpointManager | None = None
-        # Steps saved here, the sizes of whose files are not yet written down.
-        self._unlisted: set[int] = set()
+        self._handler = ocp.PyTreeCheckpointHandler()
 
     @property
     def manager(self) -> ocp.CheckpointManager:
         """The Orbax manager, made at first use (it creates the folder)."""
         if self._manager is None:
-            handlers = {
-                "state": ocp.PyTreeCheckpointHandler(),
-                "meta": ocp.JsonCheckpointHandler(),
-            }
+            handlers = {"state": self._handler, "meta": ocp.JsonCheckpointHandler()}
             self._manager = ocp.CheckpointManager(
                 self.folder, options=self._options, item_handlers=handlers
             )
@@ -142,47 +132,12 @@ class Checkpoints:
             ),
             meta=ocp.args.JsonSave(meta),
         )
-        if jax.process_index() == 0:  # of a step that was taken away
-            self._sizes(step).unlink(missing_ok=True)
         self.manager.save(step, args=items, force=True)
-        self._list_sizes()
-        self._unlisted.add(step)
 
     def wait(self) -> None:
         """Blocks until every started save is on disk; raises what went wrong with it."""
         if self._manager is not None:
             self._manager.wait_until_finished()
-        self._list_sizes()
-
-    def _sizes(self, step: int) -> Path:
-        return self.folder / f"sizes-{step}.json"
-
-    def _list_sizes(self) -> None:
-        """Writes down how long the files of finished steps are: `sizes-STEP.json` beside the step."""
-        steps = self.steps()
-        for step in self._unlisted.intersection(steps) if jax.process_index() == 0 else ():
-            sizes = _file_sizes(self.folder / str(step))
-            (self.folder / ".sizes").write_text(json.dumps(sizes))
-            (self.folder / ".sizes").replace(self._sizes(step))
-            self._unlisted.remove(step)
-            for old in self.folder.glob("sizes-*.json"):
-                if int(old.stem[6:]) not in steps:
-                    old.unlink()
-
-    def _cut_short(self, step: int) -> str | None:
-        """The first file of a step that is missing or has not the size it was saved with.
-
-        Known before Orbax reads: a process that fails in there leaves the others waiting for it.
-        """
-        try:
-            sizes = json.loads(self._sizes(step).read_text())
-        except (OSError, ValueError):  # killed before it was written: the checksums will tell
-            return None
-        found = _file_sizes(self.folder / str(step))
-        for name, size in sizes.items():
-            if found.get(name) != size:
-                return f"its file {name} has {found.get(name, 'no')} bytes, {size} were saved"
-        return None
 
     def preempted(self, step: int) -> bool:
         """True on every process at the same step once any of them got SIGTERM (several processes)."""
@@ -210,10 +165,7 @@ class Checkpoints:
         """
         rejected: dict[int, str] = {}
         for candidate in [step] if step is not None else reversed(self.steps()):
-            error, got = self._cut_short(candidate), None
-            if not all_agree(error is None):
-                rejected[candidate] = error or "cut short, as another process sees it"
-                continue
+            error, got = None, None
             try:
                 got = self._read(abstract, candidate, only)
             except (StructureError, PermissionError, MemoryError):
@@ -272,7 +224,8 @@ class Checkpoints:
                 restore_args=ocp.checkpoint_utils.construct_restore_args(as_saved),
                 partial_restore=only is not None,
             )
-            state = self.manager.restore(step, args=ocp.args.Composite(state=args))["state"]
+            # The manager's own restore ends at a barrier, where one that cannot read never comes.
+            state = self._handler.restore(self.folder / str(step) / "state", args=args)
         sums = np.asarray(fingerprint(state))
         bad = [n for n, s in zip(names, sums, strict=True) if meta["fingerprint"][n] != int(s)]
         if bad:
@@ -286,7 +239,6 @@ class Checkpoints:
             for step in steps:
                 name = f"corrupt-{step}-{time.strftime('%Y%m%dT%H%M%S')}"
                 (self.folder / str(step)).rename(self.folder / name)
-                self._sizes(step).unlink(missing_ok=True)
         if jax.process_count() > 1:
             multihost_utils.sync_global_devices("set aside")
 

@@ -71,6 +71,9 @@ def failures(folder: Path, checkpoints) -> Iterator[None]:
         why = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
         if "RESOURCE_EXHAUSTED" in why and "No space" not in why:
             why += " (out of memory: smaller batch, accumulate=N, model.remat=full or more fsdp)"
+        if jax.process_count() == 1:  # a dead process never finishes its part
+            with contextlib.suppress(Exception):
+                checkpoints.wait()  # what is being written may still be complete
         steps = checkpoints.steps()
         left = f"the last complete checkpoint is step {steps[-1]}" if steps else "nothing was saved"
         report = (

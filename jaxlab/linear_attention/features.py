@@ -21,6 +21,6 @@ def feature_map(name: str | Callable) -> Callable:
     """
     if callable(name):
         return name
-    if name not in MAPS:
+    if not isinstance(name, str) or name not in MAPS:
         raise ValueError(f"feature_map={name!r} must be one of {sorted(MAPS)} or a callable")
     return MAPS[name]

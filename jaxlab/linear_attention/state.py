@@ -88,7 +88,7 @@ def check_form(q, impl, allowed: tuple[str, ...], chunk_size, segment_ids) -> No
 
 def wide_type(v):
     """The type in which everything is computed: float32, float64 for a float64 v."""
-    return jnp.promote_types(v.dtype, jnp.float32)
+    return jnp.promote_types(jnp.result_type(v), jnp.float32)
 
 
 def first_tokens(segment_ids) -> jax.Array:

@@ -145,6 +145,11 @@ def to_linear_attention(
     tokens, params, _ = _prepare(q, k, v, params, gates)
     if params["w"].ndim != 2 or params["w"].shape[1] != tokens[2].shape[1]:
         raise ValueError(f"params['w'] has shape {params['w'].shape}; expected (Dh, {v.shape[-1]})")
+    features = jax.eval_shape(phi, params["theta"], tokens[1][:1]).shape[-1]
+    if params["w"].shape[0] != features:
+        raise ValueError(
+            f"params['w'] has shape {params['w'].shape}, but phi gives {features} features"
+        )
 
     def visit(carry, token):
         params, delta = carry

@@ -38,9 +38,12 @@ def _triples(coeffs: str | Sequence[Triple], steps: int) -> Sequence[Triple]:
             raise ValueError(f"steps={steps} must be at most {len(LACT)} for coeffs='lact'")
         coeffs = LACT
     try:
-        return [(float(a), float(b), float(c)) for a, b, c in coeffs][:steps]
+        triples = [(float(a), float(b), float(c)) for a, b, c in coeffs]
     except (TypeError, ValueError) as error:
         raise ValueError(f"coeffs={coeffs!r} must be a sequence of triples (a, b, c)") from error
+    if len(triples) < steps:
+        raise ValueError(f"coeffs={coeffs!r} must have a triple for each of steps={steps}")
+    return triples[:steps]
 
 
 def newton_schulz(
@@ -62,10 +65,14 @@ def newton_schulz(
     if G.ndim < 2:
         raise ValueError(f"G has shape {G.shape}; expected axes (..., m, n)")
     triples = _triples(coeffs, check_count("steps", steps, 0))
-    X = G.astype(jnp.promote_types(G.dtype, jnp.float32) if dtype is None else dtype)
+    X = G.astype(jnp.promote_types(G.dtype, jnp.float32))
     tall = X.shape[-2] > X.shape[-1]
     X = jnp.swapaxes(X, -1, -2) if tall else X  # X X^T is then the smaller of the two squares
-    X = X / (safe_norm(X, (-2, -1)) + 1e-7)
+    # The norm is wide whatever `dtype`, and of numbers up to 1, so that squares do not overflow.
+    top = jax.lax.stop_gradient(jnp.max(jnp.abs(X), (-2, -1), keepdims=True, initial=0))
+    top = jnp.where(top > 0, top, 1)
+    X = X / (top * safe_norm(X / top, (-2, -1)) + 1e-7)
+    X = X if dtype is None else X.astype(dtype)
     for a, b, c in triples:
         A = X @ jnp.swapaxes(X, -1, -2)
         X = a * X + (b * A + c * (A @ A)) @ X

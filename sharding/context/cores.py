@@ -54,17 +54,19 @@ def _cudnn_problem(platform: str, q, rule: Rule, segment_ids) -> str:
         return "cuDNN's kernel takes no segment_ids, and would let documents see each other"
     if rule.softcap is not None:
         return f"cuDNN's kernel has no softcap={rule.softcap}"
-    if q.dtype not in ("bfloat16", "float16") or q.shape[3] % 8:
+    if rule.window is not None and not rule.causal:
+        return f"cuDNN's kernel has a window={rule.window} only to the left, for causal attention"
+    if q.dtype not in ("bfloat16", "float16") or q.shape[3] % 8 or q.shape[3] > 128:
         return (
-            f"cuDNN's kernel needs bfloat16 or float16 and a head dim divisible by 8, "
+            f"cuDNN's kernel needs bfloat16 or float16 and a head dim of at most 128, divisible by 8, "
             f"got {q.dtype} and {q.shape[3]}"
         )
     return "" if platform == "gpu" else f"cuDNN needs GPUs, these devices are {platform}"
 
 
 def _cudnn(q, k, v, *, causal, scale, segment_ids, window, softcap):
-    assert segment_ids is None and softcap is None
-    reach = None if window is None else (window - 1, 0 if causal else window - 1)
+    assert segment_ids is None and softcap is None and (causal or window is None)
+    reach = None if window is None else (window - 1, 0)
     return jax.nn.dot_product_attention(
         q, k, v, scale=scale, is_causal=causal, local_window_size=reach, implementation="cudnn"
     )

@@ -72,11 +72,23 @@ def attention_layer(
             raise ValueError(f"positions must be {(b, s)} or {(1, s)}, got {positions.shape}")
         positions = jnp.broadcast_to(positions, (b, s))
     weights = Weights(*(w.astype(x.dtype) for w in (wq, wk, wv, wo)))
-    y = _layer(plan, x, weights, positions, segment_ids, inv_freq, q_norm, k_norm)
+    y = _traced(_layer, core)(plan, x, weights, positions, segment_ids, inv_freq, q_norm, k_norm)
     return checkpoint_name(y, "attn_y")
 
 
-@functools.partial(jax.jit, static_argnums=0, inline=True)
+def _traced(function: Callable, core: str | Callable) -> Callable:
+    """`function` of a plan and arrays, compiled once a plan; with a `core` of the caller's, once a call,
+    for that may count its calls, depend on more than its arguments, or have no hash."""
+    if isinstance(core, str):
+        return functools.partial(_compiled, function)
+    return lambda plan, *arrays: jax.jit(functools.partial(function, plan), inline=True)(*arrays)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1), inline=True)
+def _compiled(function: Callable, plan: Plan, *arrays):
+    return function(plan, *arrays)
+
+
 def _layer(plan: Plan, x, weights: Weights, positions, segment_ids, inv_freq, q_norm, k_norm):
     def local(x, weights, positions, segment_ids, inv_freq, q_norm, k_norm):
         # One type for all: sums over devices are then taken once, not in every stage.
@@ -132,10 +144,9 @@ def context_attention(
         q, k, v, mesh, method, layout, core, "nothing", None, segment_ids,
         causal=causal, scale=scale, window=window, softcap=softcap,
     )  # fmt: skip
-    return _attention(plan, q, k, v, segment_ids)
+    return _traced(_attention, core)(plan, q, k, v, segment_ids)
 
 
-@functools.partial(jax.jit, static_argnums=0, inline=True)
 def _attention(plan: Plan, q, k, v, segment_ids):
     def local(q, k, v, segment_ids):
         swap = plan.exchange

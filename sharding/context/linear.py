@@ -59,7 +59,7 @@ def context_recurrence(
             raise ValueError(f"method={method!r} takes the gates {list(names)}: {name} is wrong")
     options = {"scale": scale, "chunk_size": chunk_size}
     place = find_place(mesh)
-    if place is None:
+    if place is None or q.shape[1] == 0:
         given = {name: gates[name] for name in names}
         return run(q, k, v, **given, segment_ids=segment_ids, **options, return_state=False)[0]
     check_divides(place, *q.shape[:3])

@@ -154,5 +154,5 @@ def _platform(mesh) -> str:
     if mesh is None:
         return jax.default_backend()
     if isinstance(mesh, jax.sharding.AbstractMesh):
-        return mesh.abstract_device.platform
+        return getattr(mesh.abstract_device, "platform", None) or jax.default_backend()
     return mesh.devices.flat[0].platform
