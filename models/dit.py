@@ -174,12 +174,12 @@ class DiTBlock(nn.Module):
         draw = uniform(d**-0.5)
         ins = [weight(self, name, (d, d), ("embed", "heads"), draw, kind) for name in _QKV]
         out = weight(self, "wo", (d, d), ("heads", "embed"), draw, kind)
-        # Parameters are born without a mesh.
-        context = ContextConfig() if self.is_initializing() else self.context
+        if self.is_initializing():  # of one row, which a mesh cannot split
+            return x
         return attention_layer(
             x, *(w.reshape(d, h, d // h) for w in ins), out.reshape(h, d // h, d),
             positions=positions, segment_ids=segment_ids, inv_freq=rope_frequencies(d // h, 1e4),
-            causal=False, **dataclasses.asdict(context),
+            causal=False, **dataclasses.asdict(self.context),
         )  # fmt: skip
 
 

@@ -68,7 +68,7 @@ OPTIMIZERS = (
 )
 AXES = (MODELS, OBJECTIVES, SOURCES, SHARDINGS)
 WHOLE = list(itertools.product(*AXES))
-DIT = DiTConfig(vocab=257, layers=2, d_model=16, heads=4, cond=8)
+DIT = DiTConfig(vocab=264, layers=2, d_model=16, heads=4, cond=8)
 DENOISERS = {
     "dit": DIT,
     "dit-ulysses": dataclasses.replace(DIT, context=ContextConfig("ulysses"), remat="full"),

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from jaxlab.diffusion.metrics import unigram_entropy
 from jaxlab.diffusion.samplers import (
@@ -60,6 +61,12 @@ def denoiser(apply: Callable, params: Any) -> Callable:
     return lambda z, sigma: apply(params, z, sigma)
 
 
+def rows_on(mesh: Mesh, rows: int) -> int:
+    """`rows`, or the next number that the mesh splits."""
+    ways = mesh.shape["data"] * mesh.shape["fsdp"]
+    return -(-rows // ways) * ways
+
+
 def to_text(tokenizer: Any, rows: np.ndarray) -> list[str]:
     """Rows of tokens as text, without ids that the tokenizer lacks (the mask)."""
     known = lambda row: [int(i) for i in row if i < tokenizer.vocab_size]  # noqa: E731
@@ -89,7 +96,7 @@ class Denoised:
 
         run = scene.run
         config = self.psi.sampler(run.model.vocab, run.objective.prior)
-        shape = (self.rows, run.source.seq_len)
+        shape = (rows_on(scene.mesh, self.rows), run.source.seq_len)
         tokenizer = load_tokenizer(run.source.tokenizer)
 
         @jax.jit
@@ -121,11 +128,11 @@ def write_rows(run: Any, program: Any, params: Any, psi: Psi, rows: int, seed: i
 
     config = psi.sampler(run.model.vocab, run.objective.prior)
     tokenizer = load_tokenizer(run.source.tokenizer)
-    shape = (rows, run.source.seq_len)
+    shape = (rows_on(program.mesh, rows), run.source.seq_len)
     keys = jax.random.split(jax.random.key(seed))
     if views == 1:
         fn = lambda p: sample(keys[0], denoiser(program.apply, p), config, shape)  # noqa: E731
-        yield "", to_text(tokenizer, np.asarray(jax.jit(fn)(params)))
+        yield "", to_text(tokenizer, np.asarray(jax.jit(fn)(params))[:rows])
         return
 
     @jax.jit
@@ -139,5 +146,5 @@ def write_rows(run: Any, program: Any, params: Any, psi: Psi, rows: int, seed: i
 
     final, states = jax.device_get(trace(params))
     for at in np.linspace(0, config.steps - 1, views - 1).astype(int):
-        yield f"after {at + 1} of {config.steps} steps", to_text(tokenizer, states[at])
-    yield "at the end", to_text(tokenizer, final)
+        yield f"after {at + 1} of {config.steps} steps", to_text(tokenizer, states[at, :rows])
+    yield "at the end", to_text(tokenizer, final[:rows])
