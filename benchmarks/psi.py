@@ -83,7 +83,7 @@ def measure(calls: dict, repeats: int) -> dict:
 def compilations(n: int) -> int:
     """How often a sampler is compiled for n schedules of kappa."""
     cfg = d.SamplerConfig(vocab=11, steps=16)
-    run = jax.jit(  # noqa: E501
+    run = jax.jit(
         lambda key, coefs: d.sample(
             key, lambda z, _: z[..., None] * jnp.ones(11), cfg, (2, 8), coefs
         )
@@ -113,14 +113,15 @@ def markdown(r: dict) -> str:
             gain = (
                 base["min_s"] / row["min_s"],
                 base["temporary_bytes"] / max(row["temporary_bytes"], 1),
-            )  # noqa: E501
+            )
             mib = f"{row['temporary_bytes'] / 2**20:.2f}"
             lines.append(f"| {what} | {form} | {ms} | {mib} | {gain[0]:.1f} | {gain[1]:.1f} |")
     small, large = (r["relaxation_temporary_bytes"][str(v)] for v in r["vocabularies"])
     lines += [
         "",
-        f"Temporaries of the sparse relaxation: {small} bytes at K = {r['vocabularies'][0]}, {large} at "
-        f"K = {r['vocabularies'][1]}. Compilations for {r['schedules']} schedules of kappa: {r['compilations']}.",
+        f"Temporaries of the sparse relaxation: {small} bytes at K = {r['vocabularies'][0]}, {large} "
+        f"at K = {r['vocabularies'][1]}. Compilations for {r['schedules']} schedules of kappa: "
+        f"{r['compilations']}.",
         "",
     ]
     return "\n".join(lines)

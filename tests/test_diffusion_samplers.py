@@ -117,7 +117,7 @@ MODES = [
     "max-rescale-release-0.3",
     "constant-remdm-0.1",
     "pure-pc",
-]  # noqa: E501
+]
 
 
 @pytest.mark.parametrize("mode", MODES)
