@@ -33,7 +33,7 @@ REFERENCE = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("K", REFERENCE)
+@pytest.mark.parametrize("K", [50257, pytest.param(30522, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kind", ["exact", "series", "poly9", "table"])
 def test_operator_has_the_reference_values(K, kind):
     """Property 7: 1e-6 for the exact kinds, the approximations to what they are known for."""
@@ -71,7 +71,7 @@ def test_poly9_is_the_polynomial_of_the_release():
     np.testing.assert_allclose(level.dalpha, expected.deriv()(np.asarray(t, np.float64)), atol=2e-4)
 
 
-@pytest.mark.parametrize("K", [2, 16, 50257])
+@pytest.mark.parametrize("K", [2, pytest.param(16, marks=pytest.mark.slow), 50257])
 def test_operator_is_monotone_and_its_derivative_true(K):
     gamma, h = np.linspace(-4.9, 3, 80), 1e-4
     p, slope = d.winner_probability(gamma, K)
