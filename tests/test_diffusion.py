@@ -217,9 +217,10 @@ def test_float32_loss_and_gradient(k, n, schedule):
         with jax.enable_x64(True):
             exact = getattr(d, schedule)(jnp.float64(np.float32(t)))
             true, slope = run(logits.astype(np.float64), z, x0, exact)
+            true, slope = np.asarray(true), np.asarray(slope)
         np.testing.assert_allclose(value, true, rtol=1e-5)
         most = np.max(np.abs(slope), -1, keepdims=True)
-        assert np.max(np.abs(grad - slope) / most) < 1.5e-5
+        assert np.max(np.abs(np.asarray(grad) - slope) / most) < 1.5e-5
 
 
 def test_gradients_along_logits_and_level():

@@ -359,7 +359,7 @@ def test_sampling_is_reproducible_and_each_row_alone():
 
 
 @pytest.mark.parametrize("removal", ["ancestral", "greedy"])
-@pytest.mark.parametrize("steps", [1, 3])
+@pytest.mark.parametrize("steps", [1, pytest.param(3, marks=pytest.mark.slow)])
 def test_no_mask_is_left(removal, steps):
     """Property 10."""
     got = run(dataclasses.replace(MASKED, removal=removal, steps=steps))
@@ -403,6 +403,7 @@ def test_a_constant_guess_is_exact_for_any_steps(prior):
     assert stats.chisquare(counts, p * counts.sum()).pvalue > 1e-3
 
 
+@pytest.mark.slow
 def test_guided_sampling():
     """Weight 1 is the class alone, 0 none; between, a law of the guided posteriors."""
     by_label = jnp.asarray(np.random.default_rng(0).standard_normal((3, 6)))

@@ -52,7 +52,7 @@ def gaussian_topk(uniforms: Float[Array, "*b k"], n: int, sigma: Number) -> Floa
     log_u = jnp.cumsum(jnp.log(uniforms) / (n - jnp.arange(k, dtype=uniforms.dtype)), -1)
     # A draw of exactly 1 stands for the half step below it: the largest value stays finite.
     info = jnp.finfo(log_u.dtype)
-    log_u = jnp.clip(log_u, math.log(info.tiny), -info.eps / 4 / n)
+    log_u = jnp.clip(log_u, math.log(info.tiny) + 1, -info.eps / 4 / n)
     upper = log_u > -math.log(2)
     # From the nearer tail, where the probability has its digits.
     tail = jnp.where(upper, -jnp.expm1(log_u), jnp.exp(log_u))

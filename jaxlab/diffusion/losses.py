@@ -156,9 +156,9 @@ def _uniform_jvp(primals, tangents):
         tangent = jnp.sum(_uniform_slopes(*primals) * d_logits, -1)
     if any(type(x) is not zero for x in levels):
         logits, z, x0, given = primals[0], *primals[4:], primals[1:4]
-        levels = [
+        levels = tuple(
             jnp.zeros_like(p) if type(t) is zero else t for p, t in zip(given, levels, strict=True)
-        ]
+        )
         along = jax.jvp(lambda a, b, c: _uniform_value(logits, a, b, c, z, x0), given, levels)[1]
         tangent = tangent + along
     return out, jnp.broadcast_to(tangent, out.shape)
