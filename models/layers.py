@@ -40,7 +40,8 @@ def compute_dtype(dtype: str, platform: str) -> str:
 def weight(
     module: nn.Module, name: str, shape: tuple[int, ...], axes: tuple[str | None, ...], std, dtype
 ) -> jax.Array:
-    """Declares a truncated-normal parameter of standard deviation `std` with logical `axes`."""
+    """Declares a parameter with logical `axes`, truncated normal of standard deviation `std`, or drawn
+    by `std` if it is an initialiser."""
     w = _declare(module, name, shape, axes, std, dtype)
     if module.has_variable("lora", name):
         w = w + lora_delta(module.get_variable("lora", name)).astype(w.dtype)
@@ -78,7 +79,8 @@ def constant(module: nn.Module, name: str, shape: tuple[int, ...], value: float,
 
 
 def _declare(module: nn.Module, name, shape, axes, std, dtype) -> jax.Array:
-    init = nn.with_logical_partitioning(nn.initializers.truncated_normal(std), axes)
+    init = std if callable(std) else nn.initializers.truncated_normal(std)
+    init = nn.with_logical_partitioning(init, axes)
     return jnp.asarray(module.param(name, init, shape, dtype))
 
 

@@ -357,3 +357,9 @@ EXEMPT: dict[str, str] = {
 
 # Modules that other modules of jaxlab are made of; their functions are not public.
 INTERNAL = {"jaxlab.loops", "jaxlab.masks", "jaxlab.blockwise", "jaxlab.varying"}
+
+# Rows of a package in a file of its own, which takes `Case` from here.
+import diffusion_contract_cases as diffusion  # noqa: E402
+
+CASES |= diffusion.CASES
+EXEMPT |= diffusion.EXEMPT

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from configs import presets
 from jaxlab.rope import LinearScaling, Llama3Scaling, YarnScaling
 from models import hf
 from models.decoder import DecoderConfig
@@ -328,3 +329,20 @@ def test_another_model_than_imported_is_refused(tmp_path):
     with pytest.raises(ValueError, match="model.layers=4 is not the imported model's 2"):
         import_hf(tmp_path / "m", tmp_path / "run", ["source.tokenizer=bytes", "model.layers=4"])
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("preset", "parameters"),
+    [
+        ("llama3_1b", 1_235_814_400),
+        ("llama3_8b", 8_030_261_248),
+        ("qwen3_0_6b", 596_049_920),
+        ("qwen3_8b", 8_190_735_360),
+        ("qwen3_32b", 32_762_123_264),
+    ],
+)
+def test_presets_have_the_published_number_of_parameters(preset, parameters):
+    """As counted in the published checkpoints' safetensors."""
+    module = presets()[preset].make().model.build("cpu")
+    shapes = jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((1, 4), jnp.int32))["params"]
+    assert sum(x.size for x in jax.tree.leaves(shapes)) == parameters

@@ -15,6 +15,7 @@ import pytest
 
 from jaxlab.ttt import InnerConfig
 from models.decoder import DecoderConfig
+from models.dit import DiTConfig
 from models.lora import FROZEN_BASE, Lora
 from models.mixers import TTT, LaCT, LinearAttention
 from sharding.context import ContextConfig
@@ -22,6 +23,8 @@ from sharding.mesh import MeshShape
 from train import trainer
 from train.checkpoint import Checkpoints
 from train.data.text import Text
+from train.denoise import Denoised, Psi
+from train.diffusion import Curriculum, Diffusion, duo_pp, mdlm
 from train.evaluate import HeldOut, Sample
 from train.metrics import read, series
 from train.objectives import NextToken
@@ -65,10 +68,21 @@ OPTIMIZERS = (
 )
 AXES = (MODELS, OBJECTIVES, SOURCES, SHARDINGS)
 WHOLE = list(itertools.product(*AXES))
+DIT = DiTConfig(vocab=264, layers=2, d_model=16, heads=4, cond=8)
+DENOISERS = {
+    "dit": DIT,
+    "dit-ulysses": dataclasses.replace(DIT, context=ContextConfig("ulysses"), remat="full"),
+    "dit-gated-delta": dataclasses.replace(DIT, mixer="gated_delta"),
+}
+NOISES = {"mdlm": mdlm(), "duo++": duo_pp(end=2)}
+WHOLE += itertools.product(DENOISERS, NOISES, SOURCES, SHARDINGS)
+MODELS |= DENOISERS
+OBJECTIVES |= NOISES
 # Models that take a minute to compile: slow, one cell each and some of the rest.
 HEAVY = {
     "lact-gated-delta": ("next-token", "first-fit", "all"),
     "ttt-mlp-kda": ("tiled-z", "concat", "fsdp4-context2"),
+    "dit-gated-delta": ("duo++", "concat", "all"),
 }
 
 
@@ -88,9 +102,10 @@ def build(cell: tuple) -> Run:
     optimizer = OPTIMIZERS[WHOLE.index(cell) % 3]
     if isinstance(model, Lora):
         optimizer = dataclasses.replace(optimizer, freeze=FROZEN_BASE)
+    writes = Denoised(Psi(steps=2), rows=2) if cell[0] in DENOISERS else Sample(tokens=3)
     return Run(
         model=model, objective=objective, source=source, mesh=sharding,
-        evaluators=(HeldOut(batches=1), Sample(tokens=3)), optimizer=optimizer,
+        evaluators=(HeldOut(batches=1), writes), optimizer=optimizer,
         steps=3, batch=8, log_every=1, save_every=2,
     )  # fmt: skip
 
@@ -136,6 +151,16 @@ def test_every_pair_of_choices_in_some_cell(cell, tmp_path):
 
 
 ILLEGAL = [
+    ("decoder", "next-token", "concat", "data8", {"objective": mdlm()}, "needs a denoiser"),
+    ("dit", "mdlm", "concat", "data8", {"model": dataclasses.replace(DIT, vocab=256)},
+     "model.vocab=257 or more"),
+    ("dit", "duo++", "concat", "data8", {"objective": duo_pp(end=2, k=300)}, "curriculum.k=300"),
+    ("dit", "duo++", "concat", "data8", {"objective": Diffusion("masked", Curriculum())},
+     "needs prior='uniform'"),
+    ("dit", "mdlm", "concat", "data8", {"evaluators": (Denoised(Psi(high="x")),)}, "high='x'"),
+    ("dit", "mdlm", "concat", "data8",
+     {"model": dataclasses.replace(DIT, context=ContextConfig("ring", layout="zigzag"))},
+     "use 'contiguous'"),
     ("decoder", "tiled-z", "concat", "data8", {"source": Text(seq_len=30)}, "objective.tiles=4"),
     ("decoder", "next-token", "concat", "all", {"source": Text(seq_len=31)}, "mesh.context=2"),
     ("decoder", "next-token", "concat", "data8", {"batch": 12}, "use a multiple of 8"),

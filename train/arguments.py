@@ -73,7 +73,20 @@ def parser() -> argparse.ArgumentParser:
     sample.add_argument(
         "--tokens", type=_integer(1, MOST_TOKENS), default=200, help="tokens to write, at most"
     )
-    sample.add_argument("--n", type=_integer(1), default=1, help="continuations of each prompt")
+    sample.add_argument(
+        "--n", type=_integer(1), default=1, help="continuations of each prompt; rows, in diffusion"
+    )
+    sample.add_argument(
+        "--psi",
+        action="append",
+        default=[],
+        metavar="FIELD=VALUE",
+        help="how a diffusion model writes: steps=256, high=constant-0.9, ...; may be repeated",
+    )
+    sample.add_argument(
+        "--views", type=_integer(1), default=1, metavar="N",
+        help="show the rows of a diffusion model at N moments",
+    )  # fmt: skip
     sample.add_argument("--temperature", type=_number(0), default=0.8, help="0: greedy")
     sample.add_argument("--top-k", type=_integer(1), help="draw from the K most probable tokens")
     sample.add_argument("--top-p", type=_number(), help="from the fewest of together probability P")

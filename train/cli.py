@@ -221,6 +221,11 @@ def sample(args: argparse.Namespace, presets: Mapping[str, Preset]) -> int:
     run, program, params, _ = open_run(args, [], evaluators=False)
     if not hasattr(run.source, "tokenizer"):
         raise ValueError(f"{args.run} is not a run on text: it has no source.tokenizer")
+    if hasattr(run.objective, "prior"):
+        return _denoise(args, run, program, params)
+    for name in ("psi", "views"):
+        if getattr(args, name) not in ([], 1):
+            raise ValueError(f"--{name} is for diffusion models; {args.run} has another objective")
     import jax
 
     from models.decoder import unroll
@@ -237,6 +242,26 @@ def sample(args: argparse.Namespace, presets: Mapping[str, Preset]) -> int:
             samples=args.n, sampling=sampling, stop=args.stop, ends=end_tokens(args.run), piece=8,
         )  # fmt: skip
         print_rows(prompts, args.n, writer.write(params, jax.random.key(args.seed)))
+    return OK
+
+
+def _denoise(args: argparse.Namespace, run: Any, program: Any, params: Any) -> int:
+    """`jaxlab sample` of a diffusion model, which writes whole rows."""
+    if args.prompt or args.stop:
+        raise ValueError(
+            "--prompt and --stop mean nothing to a diffusion model: it writes whole rows"
+        )
+    import jax
+
+    from train.denoise import Psi, write_rows
+    from train.overrides import override
+
+    psi = override(Psi(), args.psi)
+    with jax.set_mesh(program.mesh):
+        for caption, rows in write_rows(run, program, params, psi, args.n, args.seed, args.views):
+            for i, text in enumerate(rows):
+                titles = [caption] * (args.views > 1) + [f"row {i + 1}"] * (args.n > 1)
+                print(*([f"--- {', '.join(titles)} ---"] if titles else []), text, sep="\n")
     return OK
 
 

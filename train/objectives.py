@@ -2,7 +2,8 @@
 
 `loss` is a float32 sum, what is minimised; `metrics` maps names to (sum, weight) pairs. The weight of
 `metrics["loss"]` is what the trainer divides the gradient by, after summing over every microbatch. A
-microbatch gets a key of its own, so noise depends on `accumulate`, but never on the mesh.
+microbatch gets a key of its own, so noise depends on `accumulate`, but never on the mesh. In training,
+and only there, `batch["step"]` is the number of steps done: for curricula, and for dropout.
 """
 
 import dataclasses

@@ -128,18 +128,18 @@ def make_train_step(
     the counters.
     """
 
-    def gradient(params, batch, key):
+    def gradient(params, step, batch, key):
         train, frozen = split(params, freeze)
 
         def loss(train):
-            return objective(apply, join(train, frozen), batch, key)
+            return objective(apply, join(train, frozen), batch | {"step": step}, key)
 
         (value, metrics), grads = jax.value_and_grad(loss, has_aux=True)(train)
         return jax.tree.map(lambda g: g.astype(jnp.float32), grads), value, metrics
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict]:
         key = jax.random.fold_in(jax.random.key(seed), state.step)
-        grad = functools.partial(gradient, state.params)
+        grad = functools.partial(gradient, state.params, state.step)
         grads, loss, metrics = in_microbatches(grad, accumulate, batch, key)
         weight = metrics["loss"][1]
         grads = jax.tree.map(lambda g: g / jnp.where(weight > 0, weight, 1), grads)

@@ -1,0 +1,27 @@
+"""Masked diffusion of bytes (MDLM), a DiT of 1.2 M parameters, the demo's text; a laptop CPU.
+
+Launch:   jaxlab train mdlm
+          jaxlab sample runs/mdlm --psi steps=256 --psi middle=max-capped-0.02 --psi middle_frac=0.5
+"""
+
+from models.dit import DiTConfig
+from train.data.text import Text
+from train.denoise import Denoised
+from train.diffusion import mdlm
+from train.evaluate import HeldOut
+from train.optimizer import Optimizer
+from train.run import Run
+
+
+def run() -> Run:
+    """The mask is the last id; 264 of them can be split over 8 devices."""
+    return Run(
+        model=DiTConfig(vocab=264),
+        objective=mdlm(),
+        source=Text(seq_len=128),
+        evaluators=(HeldOut(batches=0), Denoised()),
+        optimizer=Optimizer(name="muon", lr=0.01, ema=0.98),
+        steps=600,
+        batch=32,
+        eval_every=200,
+    )

@@ -1,0 +1,109 @@
+"""What the functions of this package demand of their arguments: ValueError and TypeError by name."""
+
+import numbers
+from collections.abc import Iterable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+PRIORS = ("uniform", "masked")
+HOST = (int, float, np.ndarray, np.generic)
+
+
+def floating_type(*arrays) -> jnp.dtype:
+    """Type to compute in: that of the arrays together, at least float32; numbers take it as it is."""
+    return jnp.promote_types(jnp.result_type(*arrays), jnp.float32)
+
+
+def wide(x) -> jax.Array:
+    """`x` as a floating array of at least float32."""
+    return jnp.asarray(x).astype(floating_type(x))
+
+
+def level_part(x):
+    """A level as given: host values stay NumPy float64, so that differences of them are exact."""
+    return np.asarray(x, np.float64) if isinstance(x, HOST) else wide(x)
+
+
+def per_token(x, dtype, extra: int = 0) -> jax.Array:
+    """A level in `dtype`, with `extra` axes at its end for the vocabulary or the k."""
+    x = jnp.asarray(x, dtype)
+    return x.reshape(x.shape + (1,) * extra)
+
+
+def check_count(name: str, value, least: int, most: int | None = None) -> None:
+    """TypeError unless an integer, ValueError unless within bounds."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise TypeError(f"{name}={value!r} must be an integer")
+    value = int(value)
+    if value < least or (most is not None and value > most):
+        allowed = f"at least {least}" if most is None else f"from {least} to {most}"
+        raise ValueError(f"{name}={value} must be {allowed}")
+
+
+def check_choice(name: str, value, allowed: Iterable[str]) -> None:
+    """ValueError unless `value` is among `allowed`."""
+    if value not in tuple(allowed):
+        raise ValueError(f"{name}={value!r} must be one of {', '.join(allowed)}")
+
+
+def check_range(name: str, value, low: float, high: float, *, open_low: bool = False) -> None:
+    """ValueError for a host value (number or NumPy array) out of [low, high], or (low, high]."""
+    if not isinstance(value, HOST):
+        return
+    x = np.asarray(value)
+    if not np.all((x > low if open_low else x >= low) & (x <= high)):
+        left = "(" if open_low else "["
+        raise ValueError(f"{name}={value} must be in {left}{low:g}, {high:g}]")
+
+
+def check_alphas(alpha_s, alpha_t) -> None:
+    """ValueError for host levels out of (0, 1], or a later one above an earlier one."""
+    check_range("alpha_s", alpha_s, 0, 1, open_low=True)
+    check_range("alpha_t", alpha_t, 0, 1, open_low=True)
+    if (
+        isinstance(alpha_s, HOST)
+        and isinstance(alpha_t, HOST)
+        and np.any(np.asarray(alpha_s) < np.asarray(alpha_t))
+    ):
+        raise ValueError(f"alpha_s={alpha_s} must be at least alpha_t={alpha_t}")
+
+
+def check_prior(prior: str, mask_id: int | None, vocab: int) -> None:
+    """ValueError unless the prior is known, the vocabulary holds 2 and the mask fits both."""
+    check_choice("prior", prior, PRIORS)
+    least = 2 if prior == "uniform" else 3  # the mask is one more
+    if vocab < least:
+        raise ValueError(f"a vocabulary of {vocab} must be at least {least} with prior={prior!r}")
+    if prior == "uniform" and mask_id is not None:
+        raise ValueError(f"mask_id={mask_id} must be None with prior='uniform'")
+    if prior == "masked":
+        check_mask_id(mask_id, vocab)
+
+
+def check_mask_id(mask_id, vocab: int | None) -> None:
+    """ValueError or TypeError unless `mask_id` is a token of a vocabulary (None: of any size)."""
+    if mask_id is None:
+        raise ValueError("mask_id=None must be a token with prior='masked'")
+    check_count("mask_id", mask_id, 0, None if vocab is None else vocab - 1)
+
+
+def tokens(name: str, x, shape: tuple[int, ...] | None = None) -> jax.Array:
+    """`x` as int32 tokens; TypeError unless integers, ValueError unless of `shape`."""
+    x = jnp.asarray(x)
+    if not jnp.issubdtype(x.dtype, jnp.integer):
+        raise TypeError(f"{name} has dtype {x.dtype}; it must hold integers")
+    if shape is not None and x.shape != shape:
+        raise ValueError(f"{name} has shape {x.shape}; expected {shape}")
+    return x.astype(jnp.int32)
+
+
+def floats(name: str, x, ndim: int | None = None) -> jax.Array:
+    """`x` as a floating array of at least float32; TypeError for integers, ValueError for its rank."""
+    x = jnp.asarray(x)
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise TypeError(f"{name} has dtype {x.dtype}; it must be a floating-point type")
+    if x.ndim == 0 or (ndim is not None and x.ndim != ndim):
+        raise ValueError(f"{name} has shape {x.shape}; expected {ndim or 'at least 1'} axes")
+    return wide(x)

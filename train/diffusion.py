@@ -1,0 +1,138 @@
+"""Objectives of discrete diffusion: the NELBO of masked and of uniform noise, and its curricula.
+
+Source: MDLM 2406.07524, UDLM 2412.10193, Duo 2506.10892, Duo++ 2602.21185.
+"""
+
+import dataclasses
+from typing import Annotated, Literal
+
+import jax
+import jax.numpy as jnp
+
+from jaxlab.diffusion.curriculum import dense_relaxation, log10_tau, sparse_relaxation
+from jaxlab.diffusion.forward import q_sample
+from jaxlab.diffusion.losses import masked_nelbo, uniform_nelbo
+from jaxlab.diffusion.operator import make_operator
+from jaxlab.diffusion.schedules import log_linear, sample_times
+
+
+@dataclasses.dataclass(frozen=True)
+class Curriculum:
+    """The first steps see softened tokens: Gaussian noise through softmax(w / tau) (Duo, section 4).
+
+    Temperature 10^log10_start up to `start`, from there log-linear to 10^log10_end, plain from `end` on.
+    """
+
+    kind: Annotated[
+        Literal["sparse", "dense"], "sparse: the k largest (Duo++); dense: all (Duo)"
+    ] = "sparse"
+    k: Annotated[int, "tokens that are mixed, where sparse"] = 2
+    end: Annotated[int, "the first step without it"] = 500
+    start: Annotated[int, "the step from which the temperature moves"] = 0
+    log10_start: Annotated[float, "log10 of the temperature before"] = -3.0
+    log10_end: Annotated[float, "log10 of the temperature at the end"] = -3.0
+    gamma_min: Annotated[float, "log(noise/signal) at time 0"] = -3.5
+    gamma_max: Annotated[float, "log(noise/signal) at time 1"] = -1.75
+
+
+@dataclasses.dataclass(frozen=True)
+class Diffusion:
+    """Negative evidence lower bound of discrete diffusion, nats per token, one time a sequence.
+
+    With prior 'masked' the last id of the model's vocabulary is the mask. Times of a microbatch are
+    stratified. Evaluation is without curriculum and dropout.
+    """
+
+    prior: Annotated[Literal["masked", "uniform"], "what tokens turn into"] = "uniform"
+    curriculum: Curriculum | None = None
+
+    def __call__(self, apply, params, batch, key):
+        x0, step = batch["tokens"], batch.get("step")
+        where = {name: batch[name] for name in ("positions", "segment_ids")}
+        time_key, noise_key, dropout_key = jax.random.split(key, 3)
+        t = sample_times(time_key, len(x0))
+
+        def denoise(inputs, alpha, weights=None):
+            sigma = -jnp.log(alpha[:, 0]) * (self.prior == "uniform")
+            training = step is not None
+            rngs = {"dropout": dropout_key} if training else None
+            how = where | {"weights": weights, "deterministic": not training, "rngs": rngs}
+            return apply(params, inputs, sigma, **how)
+
+        vocab = jax.eval_shape(lambda: denoise(x0, jnp.ones((len(x0), 1)))).shape[-1]
+
+        def plain():
+            level = jax.tree.map(lambda a: a[:, None], log_linear(t))
+            if self.prior == "masked":
+                z = q_sample(noise_key, x0, level, "masked", mask_id=vocab - 1)
+                return masked_nelbo(denoise(z, level.alpha), z, x0, level, vocab - 1)
+            z = q_sample(noise_key, x0, level, "uniform", K=vocab)
+            return uniform_nelbo(denoise(z, level.alpha), z, x0, level)
+
+        c = self.curriculum
+        if c is None or step is None:
+            loss = plain()
+        else:
+
+            def relaxed():
+                gamma = (c.gamma_min + t * (c.gamma_max - c.gamma_min))[:, None]
+                level = make_operator(vocab, c.gamma_min, c.gamma_max)(gamma)
+                signal, noise = (jnp.sqrt(jax.nn.sigmoid(s * gamma)) for s in (-1, 1))
+                tau = 10 ** log10_tau(step, c.log10_start, c.log10_end, c.start, c.end)
+                if c.kind == "dense":
+                    x, z = dense_relaxation(noise_key, x0, signal, noise, tau, vocab)
+                    x, weights = jnp.log(x), None
+                else:
+                    x, weights, z = sparse_relaxation(noise_key, x0, signal, noise, tau, c.k, vocab)
+                return uniform_nelbo(denoise(x, level.alpha, weights), z, x0, level)
+
+            loss = jax.lax.cond(step < c.end, relaxed, plain)
+        valid = (batch["segment_ids"] > 0).astype(jnp.float32)
+        total, count = jnp.sum(loss * valid), jnp.sum(valid)
+        return total, {"loss": (total, count)}
+
+    def check(self, model, source) -> None:
+        """ValueError when the model, the source or the curriculum cannot serve."""
+        needed = source.vocab_size() if hasattr(source, "vocab_size") else None
+        if not hasattr(model, "cond"):
+            raise ValueError(f"objective diffusion needs a denoiser such as DiTConfig, got {model}")
+        spare = int(self.prior == "masked")
+        if needed is not None and model.vocab < needed + spare:
+            mask = " and a mask" if spare else ""
+            raise ValueError(
+                f"model.vocab={model.vocab} does not hold the {needed} ids of source.tokenizer="
+                f"{source.tokenizer!r}{mask}: use model.vocab={needed + spare} or more"
+            )
+        c = self.curriculum
+        if c is None:
+            return
+        if self.prior != "uniform":
+            raise ValueError(f"objective.curriculum needs prior='uniform', got {self.prior!r}")
+        if not 2 <= c.k < model.vocab:
+            raise ValueError(f"objective.curriculum.k={c.k} must be in [2, {model.vocab - 1}]")
+        if not 0 <= c.start <= c.end:
+            raise ValueError(f"objective.curriculum.start={c.start} must be in [0, end={c.end}]")
+        if not c.gamma_min < c.gamma_max:
+            raise ValueError(
+                f"objective.curriculum.gamma_min={c.gamma_min} must be below gamma_max={c.gamma_max}"
+            )
+
+
+def mdlm() -> Diffusion:
+    """Masked diffusion (MDLM)."""
+    return Diffusion("masked")
+
+
+def udlm() -> Diffusion:
+    """Uniform diffusion (UDLM)."""
+    return Diffusion("uniform")
+
+
+def duo(end: int) -> Diffusion:
+    """Uniform diffusion whose steps before `end` see soft tokens (Duo)."""
+    return Diffusion("uniform", Curriculum("dense", end=end))
+
+
+def duo_pp(end: int, k: int = 2) -> Diffusion:
+    """Duo whose soft tokens mix the `k` largest (Duo++)."""
+    return Diffusion("uniform", Curriculum("sparse", k, end))
