@@ -12,6 +12,7 @@ from collections.abc import Iterable
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jax.experimental import checkify
 
 Classes = tuple[int, ...]
@@ -19,7 +20,7 @@ Classes = tuple[int, ...]
 
 def check_values(good, message: str) -> None:
     """ValueError(message) unless every entry of the array `good` is true."""
-    if isinstance(good, jax.core.Tracer):
+    if isinstance(good, Tracer):
         checkify.debug_check(jnp.all(good), message)
     # The values of an array that is spread over other hosts are not known here.
     elif getattr(good, "is_fully_addressable", True) and not np.all(good):
@@ -100,7 +101,7 @@ def check_choice(name: str, value, allowed: tuple[str, ...]) -> None:
 
 def check_number(name: str, value, legal: str, test) -> None:
     """ValueError where a number, or a concrete scalar array, fails `test`; a tracer passes."""
-    if isinstance(value, jax.core.Tracer):
+    if isinstance(value, Tracer):
         return
     if not isinstance(value, numbers.Real) and np.ndim(value):
         raise ValueError(f"{name}={np.shape(value)} must be a scalar")
@@ -163,7 +164,7 @@ def check_binary(name: str, x, size: int) -> jax.Array:
 
 def check_coverages(name: str, coverages) -> np.ndarray:
     """Static coverages in (0, 1], float64 [n]."""
-    if isinstance(coverages, jax.core.Tracer):
+    if isinstance(coverages, Tracer):
         raise TypeError(f"{name} must be static numbers, not traced ones")
     values = np.asarray(coverages, np.float64)
     if values.ndim != 1 or not values.size or not np.all((values > 0) & (values <= 1)):

@@ -47,7 +47,7 @@ def contributions(
     # Powers of dev / mu instead of quotients of powers: those of small numbers underflow.
     scaled = ratio(dev, mean + eps)
     parts = [jnp.mean(dev * scaled**n, 0) for n in range(1, TAYLOR.index(method) + 2)]
-    return _series(parts[0] * (p.shape[0] / (p.shape[0] - ddof)), *parts[1:])
+    return _series([parts[0] * (p.shape[0] / (p.shape[0] - ddof)), *parts[1:]])
 
 
 def contributions_from_moments(
@@ -63,11 +63,12 @@ def contributions_from_moments(
         for _ in range(n):
             part = ratio(part, below)
         parts.append(part)
-    return _series(*parts)
+    return _series(parts)
 
 
-def _series(second, third=0.0, fourth=0.0):
-    return second / 2 - third / 6 + fourth / 12
+def _series(parts: list[Array]) -> Array:
+    """m_n / mu^(n - 1), n = 2, 3, 4, each by (-1)^n / (n (n - 1))."""
+    return sum(x * c for x, c in zip(parts, (1 / 2, -1 / 6, 1 / 12), strict=False))  # type: ignore
 
 
 def contribution_bounds(

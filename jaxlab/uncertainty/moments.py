@@ -6,9 +6,9 @@ sums: raw powers would lose the digits of a small spread. Source of the moments:
 
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, Float
 
 from jaxlab.uncertainty.checks import as_probabilities, check_count
@@ -42,8 +42,8 @@ def moments(p: Float[Array, "s *b k"], *, ddof: int = 0, from_logits: bool = Fal
     check_count("ddof", ddof, 0, p.shape[0] - 1)
     _, mean, dev = center(p)
     cov = jnp.einsum("s...i,s...j->...ij", dev, dev, precision=HIGHEST) / p.shape[0]
-    powers = (jnp.mean(dev**n, 0) for n in (2, 3, 4))
-    return _corrected(Moments(mean, *powers, cov), p.shape[0], ddof)
+    var, m3, m4 = (jnp.mean(dev**n, 0) for n in (2, 3, 4))
+    return _corrected(Moments(mean, var, m3, m4, cov), p.shape[0], ddof)
 
 
 def moments_init(
@@ -97,7 +97,7 @@ def moments_merge(a: MomentsState, b: MomentsState) -> MomentsState:
 
 def moments_finish(state: MomentsState, *, ddof: int = 0) -> Moments:
     """Moments of all samples of the stream; ValueError for fewer than 2, or ddof of them, if known."""
-    known = not isinstance(state.count, jax.core.Tracer) and np.ndim(state.count) == 0
+    known = not isinstance(state.count, Tracer) and np.ndim(state.count) == 0
     if known and state.count < 2:
         raise ValueError(
             f"the state holds {int(state.count)} samples; it must be at least 2: "
