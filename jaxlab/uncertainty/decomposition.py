@@ -57,7 +57,7 @@ def contributions_from_moments(
     check_choice("method", method, TAYLOR)
     check_eps(eps)
     order = TAYLOR.index(method) + 1
-    below = m.mean + eps
+    below = wide("m.mean", m.mean) + eps
     parts = []
     for n, part in enumerate((m.var, m.m3, m.m4)[:order], 1):
         for _ in range(n):

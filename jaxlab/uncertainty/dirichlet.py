@@ -46,22 +46,21 @@ def dirichlet_uncertainty(alpha: Float[Array, "*b k"]) -> DirichletUncertainty:
         mean,
         mean * rest / (total + 1),
         rest / (2 * (total + 1)),
-        mean * (_digamma_excess(alpha) - _digamma_excess(total)),
+        mean * (others / (2 * (alpha + SHIFT) * (total + SHIFT)) + _rest(alpha) - _rest(total)),
         2 * jnp.abs(others - alpha) / (3 * alpha * (total + 2)),
         pairs * (1 - jnp.eye(k, dtype=alpha.dtype)),
     )
 
 
-def _digamma_excess(x: jax.Array) -> jax.Array:
-    """psi(x + 1) - log x, without cancellation: about 1 / (2x) for large x.
+def _rest(x: jax.Array) -> jax.Array:
+    """psi(x + 1) - log x less its leading term 1 / (2 (x + SHIFT)), without cancellation.
 
     Steps up to a large argument add log(1 + 1/x) - 1 / (x + 1) = phi(1 + 1/x) / (1 + 1/x) > 0.
     """
-    steps = jnp.zeros_like(x)
-    for i in range(SHIFT):
-        steps = steps + curvature(1 / (x + i)) / (2 * (x + i) * (x + i + 1))
+    at = x[..., None] + jnp.arange(SHIFT, dtype=x.dtype)
+    steps = jnp.sum(curvature(1 / at) / (2 * at * (at + 1)), -1)
     y = x + SHIFT
     series = jnp.zeros_like(x)
     for b in reversed(BERNOULLI):
         series = (series + b) / (y * y)
-    return 1 / (2 * y) - series + steps
+    return steps - series
