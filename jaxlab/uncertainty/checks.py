@@ -18,13 +18,14 @@ from jax.experimental import checkify
 Classes = tuple[int, ...]
 
 
-def check_values(good, message: str) -> None:
-    """ValueError(message) unless every entry of the array `good` is true."""
+def check_values(good, message: str, values=None) -> None:
+    """ValueError(message) unless every entry of `good` is true, with the first bad one of `values`."""
     if isinstance(good, Tracer):
         checkify.debug_check(jnp.all(good), message)
     # The values of an array that is spread over other hosts are not known here.
     elif getattr(good, "is_fully_addressable", True) and not np.all(good):
-        raise ValueError(message)
+        found = "" if values is None else f"; it holds {np.asarray(values)[~np.asarray(good)][0]}"
+        raise ValueError(message + found)
 
 
 def wide(name: str, x) -> jax.Array:
@@ -56,10 +57,11 @@ def as_probabilities(p, from_logits: bool, *, samples: bool = True, name: str = 
     narrow = jnp.issubdtype(given.dtype, jnp.floating) and given.dtype.itemsize < 4
     tolerance = max(1e-4, float(jnp.finfo(given.dtype).eps)) if narrow else 1e-4
     check_values(~jnp.isnan(p), f"{name} holds NaN")
-    check_values(p >= 0, f"{name} holds a negative probability (from_logits=True takes logits)")
+    hint = "(from_logits=True takes logits)"
+    check_values(p >= 0, f"{name} must hold no negative probability {hint}", p)
     total = jnp.sum(p, -1)
-    message = f"rows of {name} must sum to 1 within {tolerance:.0e} (from_logits=True takes logits)"
-    check_values(jnp.abs(total - 1) <= tolerance, message)
+    message = f"{name} must have rows that sum to 1 within {tolerance:.0e} {hint}"
+    check_values(jnp.abs(total - 1) <= tolerance, message, total)
     return p
 
 
@@ -139,7 +141,7 @@ def check_labels(name: str, y, num_classes: int | None, size: int | None = None)
     good, upper = y >= 0, ""
     if num_classes is not None:
         good, upper = good & (y < num_classes), f" and below {num_classes}"
-    check_values(good, f"{name} must be labels of at least 0{upper}")
+    check_values(good, f"{name} must be labels of at least 0{upper}", y)
     return y.astype(jnp.int32)
 
 
@@ -158,7 +160,7 @@ def check_binary(name: str, x, size: int) -> jax.Array:
     x = jnp.asarray(x)
     if x.shape != (size,):
         raise ValueError(f"{name}={x.shape} must have the shape ({size},) of score")
-    check_values((x == 0) | (x == 1), f"{name} must hold 0 and 1 only")
+    check_values((x == 0) | (x == 1), f"{name} must hold 0 and 1 only", x)
     return x.astype(jnp.int32)
 
 

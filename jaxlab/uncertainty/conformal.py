@@ -40,7 +40,7 @@ def conformal_threshold(
     check_number("alpha", alpha, f"above 0 and at most bound={bound}", lambda x: 0 < x <= bound)
     score = check_scores(score)
     loss = check_scores(loss, score.shape[0], "loss").astype(score.dtype)
-    check_values((loss >= 0) & (loss <= bound), f"loss must be from 0 to bound={bound}")
+    check_values((loss >= 0) & (loss <= bound), f"loss must be from 0 to bound={bound}", loss)
     taken = jnp.ones(score.shape, bool) if include is None else jnp.asarray(include, bool)
     if taken.shape != score.shape:
         raise ValueError(f"include={taken.shape} must have the shape {score.shape} of score")

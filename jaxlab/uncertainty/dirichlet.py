@@ -34,7 +34,7 @@ def dirichlet_uncertainty(alpha: Float[Array, "*b k"]) -> DirichletUncertainty:
     alpha = wide("alpha", alpha)
     if alpha.ndim < 1 or alpha.shape[-1] < 2:
         raise ValueError(f"alpha={alpha.shape} must have at least 2 classes in its last axis")
-    check_values((alpha > 0) & (alpha < jnp.inf), "alpha must be positive and finite")
+    check_values((alpha > 0) & (alpha < jnp.inf), "alpha must be positive and finite", alpha)
     k = alpha.shape[-1]
     total = jnp.sum(alpha, -1, keepdims=True)
     # Not total - alpha, which cancels when one class has nearly all.

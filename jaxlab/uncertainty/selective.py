@@ -136,7 +136,7 @@ def eaurc(score: Float[Array, "n"], error: Int[Array, "n"]) -> Float[Array, ""]:
     """`aurc` "mean" in excess of that of the best order, errors last. ValueError as there."""
     errors, risk = _risks(score, error)
     best = jnp.cumsum(jnp.sort(jnp.diff(errors, prepend=0)))
-    return jnp.mean(risk) - jnp.mean(_over_k(best, risk.dtype))
+    return jnp.mean(_over_k(errors - best, risk.dtype))
 
 
 def augrc(score: Float[Array, "n"], error: Int[Array, "n"]) -> Float[Array, ""]:
@@ -187,7 +187,7 @@ def bootstrap(indices: Int[Array, "num n"], fn: Callable, *arrays):
     arrays = tuple(jnp.asarray(a) for a in arrays)
     for a in arrays:
         good = (indices >= 0) & (indices < a.shape[0])
-        check_values(good, f"indices must be at least 0 and below the length {a.shape[0]}")
+        check_values(good, f"indices must be at least 0 and below the length {a.shape[0]}", indices)
     return jax.vmap(lambda i: fn(*(a[i] for a in arrays)))(indices)
 
 
