@@ -119,13 +119,8 @@ def markdown(r: dict) -> str:
     small, large = (r["relaxation_temporary_bytes"][str(v)] for v in r["vocabularies"])
     lines += [
         "",
-<<<<<<< HEAD
-        f"Temporaries of the sparse relaxation: {small} bytes at K = {r['vocabularies'][0]}, {large} at "
-        f"K = {r['vocabularies'][1]}. Compilations for {r['schedules']} schedules of kappa: "
-=======
         f"Temporaries of the sparse relaxation: {small} bytes at K = {r['vocabularies'][0]}, {large} "
         f"at K = {r['vocabularies'][1]}. Compilations for {r['schedules']} schedules of kappa: "
->>>>>>> diffusion
         f"{r['compilations']}.",
         "",
     ]

@@ -363,3 +363,7 @@ import diffusion_contract_cases as diffusion  # noqa: E402
 
 CASES |= diffusion.CASES
 EXEMPT |= diffusion.EXEMPT
+import uncertainty_contract_cases as uncertainty  # noqa: E402
+
+CASES |= uncertainty.CASES
+EXEMPT |= uncertainty.EXEMPT

@@ -216,13 +216,8 @@ def test_float32_weights(k):
     u = 1 - jax.random.uniform(jax.random.key(0), (1, 3000, k))
     normals = jax.random.normal(jax.random.key(1), (1, 3000)) - 1
     draws = jnp.zeros((1, 3000, k), int)
-<<<<<<< HEAD
-    call = jax.jit(d.sparse_from_draws, static_argnums=7)
-    got = np.asarray(call(u, normals, draws, x0, alpha, sigma, tau, K)[1])
-=======
     run = jax.jit(d.sparse_from_draws, static_argnums=7)
     got = np.asarray(run(u, normals, draws, x0, alpha, sigma, tau, K)[1])
->>>>>>> diffusion
     log_u = np.cumsum(np.log(np.asarray(u, np.float64)) / (K - 1 - np.arange(k)), -1)
     v = -sigma * special.ndtri(-np.expm1(log_u))
     own = alpha + sigma * np.asarray(normals, np.float64)
@@ -242,13 +237,8 @@ def test_float32_weights(k):
     # v has an ulp of 6e-8, divided by tau.
     np.testing.assert_allclose(got, true, atol=1.5e-4)
     with jax.enable_x64(True):
-<<<<<<< HEAD
-        given = (np.asarray(x, np.float64) for x in (u, normals))
-        wide = d.sparse_from_draws(*given, draws, x0, alpha, sigma, tau, K)[1]
-=======
         u, normals = np.asarray(u, np.float64), np.asarray(normals, np.float64)
         wide = run(u, normals, draws, x0, alpha, sigma, tau, K)[1]
->>>>>>> diffusion
         np.testing.assert_allclose(wide, true, atol=1e-10)
 
 

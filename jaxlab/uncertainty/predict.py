@@ -1,0 +1,41 @@
+"""Samples of predictive probabilities from a network: MC dropout and ensembles, one vmapped program."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Key
+
+from jaxlab.uncertainty.checks import wide
+
+
+def mc_predict(apply: Callable, params, x, keys: Key[Array, "s"]) -> Float[Array, "s n k"]:
+    """Probabilities [S, N, K] of apply(params, x, key) -> logits [N, K], for each of `keys` [S].
+
+    With dropout left on inside `apply`, MC dropout: the keys draw the masks. At least float32.
+    ValueError for a single key. Source: Gal and Ghahramani, 1506.02142.
+    """
+    typed = jnp.issubdtype(keys.dtype, jax.dtypes.prng_key)
+    if np.ndim(keys) != (1 if typed else 2):
+        raise ValueError(
+            f"keys={np.shape(keys)} must be an array of keys: jax.random.split(key, S)"
+        )
+    return jax.vmap(lambda key: _probabilities(apply(params, x, key)))(keys)
+
+
+def ensemble_predict(apply: Callable, stacked_params, x) -> Float[Array, "s n k"]:
+    """Probabilities [S, N, K] of apply(params, x) -> logits [N, K] of S members.
+
+    Every leaf of `stacked_params` has the members on its first axis, as `jax.vmap` of the initialiser
+    makes them; ValueError unless all have as many. At least float32. Source: Lakshminarayanan et al.,
+    1612.01474.
+    """
+    members = {np.shape(leaf)[:1] for leaf in jax.tree.leaves(stacked_params)}
+    if len(members) != 1 or () in members:
+        raise ValueError(f"stacked_params must have one number of members, not {sorted(members)}")
+    return jax.vmap(lambda params: _probabilities(apply(params, x)))(stacked_params)
+
+
+def _probabilities(logits) -> jax.Array:
+    return jax.nn.softmax(wide("logits", logits), -1)
