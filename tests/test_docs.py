@@ -73,7 +73,7 @@ for words in json.load(sys.stdin):
 
 
 # Pages whose commands train larger models.
-LONG = ("ttt.md", "context.md", "generation.md")
+LONG = ("ttt.md", "context.md", "generation.md", "diffusion.md")
 
 
 @pytest.mark.parametrize(
