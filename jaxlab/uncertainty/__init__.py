@@ -2,7 +2,8 @@
 
 Samples of probabilities [S, ..., K] come from a network (`mc_predict`, `ensemble_predict`, the
 `laplace_` and `lowrank_vi_` functions); contributions and scores are made of them; selective
-prediction, detection, calibration and conformal thresholds judge the scores.
+prediction, detection, calibration and conformal thresholds judge the scores. Shape letters here:
+s posterior samples, b any batch axes, n inputs, k classes, c classes of labels or coverages.
 Source: arXiv 2602.21160; each function names its own beside it.
 """
 
