@@ -64,14 +64,16 @@ def group_advantage(
     alone = own.count == 1
     lone = jnp.where(alone, r if singleton == "keep" else 0, own.centred)
     if kind == "grpo":
-        out = lone / (jnp.where(alone, 1, jnp.sqrt(own.variance)) + eps)
+        scale = jnp.where(alone, 1, jnp.sqrt(own.variance)) + eps
+        out = lone / jnp.where(scale > 0, scale, 1)
     elif kind == "drgrpo":
         out = lone
     elif kind == "rloo":
         out = jnp.where(alone, lone, own.centred * own.count / jnp.maximum(own.count - 1, 1))
     elif kind == "batch_std":
         every = group_moments(r, jnp.zeros_like(group), counted, 1, ddof)
-        out = lone / (jnp.sqrt(every.variance) + eps)
+        scale = jnp.sqrt(every.variance) + eps
+        out = lone / jnp.where(scale > 0, scale, 1)
     else:
         if mask is None or jnp.ndim(mask) != 2:
             raise ValueError("mask [N, T] must be given for kind='reinforce_pp_baseline'")

@@ -141,11 +141,11 @@ def rl_loss(
 def rl_objective(cfg: RLConfig) -> Callable:
     """objective(apply, params, batch, key) -> (loss, metrics): `rl_loss` of a model's logits.
 
-    `apply(params, tokens, positions, segment_ids) -> logits [N, L, V]` gets these from the batch, without
-    those at the end that it lacks; the rest of the batch is that of `rl_loss`. The tokens that are scored, [N, T] as the mask, are batch["targets"], aligned with the
-    logits (negative where masked); without targets, the last T < L of tokens, each by the logits before
-    it. The loss is the mean; metrics["loss"] holds it as (sum, weight), for a trainer that sums over
-    microbatches. The entropy is computed if it has a coefficient. `key` is not used.
+    `apply(params, tokens, positions, segment_ids) -> logits [N, L, V]` gets these from the batch,
+    without those at the end that it lacks; the rest of the batch is that of `rl_loss`. The tokens that
+    are scored, [N, T] as the mask, are batch["targets"], aligned with the logits; without targets, the
+    last T < L of tokens, each by the logits before it. The loss is the mean; metrics["loss"] holds it as
+    (sum, weight), for a trainer that sums over microbatches. `key` is not used.
     """
 
     def objective(apply, params, batch, key):

@@ -116,6 +116,7 @@ def best_minus_second_advantage(
     best = jax.lax.top_k(r, 2)[0]
     gain = best[..., :1] - best[..., 1:]
     if normalize:
-        gain = gain / (jnp.std(r, -1, keepdims=True, ddof=1) + eps)
+        spread = jnp.std(r, -1, keepdims=True, ddof=1) + eps
+        gain = gain / jnp.where(spread > 0, spread, 1)
     out = jnp.where(jnp.arange(n) == jnp.argmax(r, -1)[..., None], gain, 0)
     return jax.lax.stop_gradient(out)
