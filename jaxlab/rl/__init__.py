@@ -78,6 +78,7 @@ __all__ = [
     "log_passk_weight",
     "logprobs_from_logits",
     "max_at_k",
+    "overlong_penalty",
     "pass_at_k",
     "pass_at_k_curve",
     "passk_analytic_advantage",

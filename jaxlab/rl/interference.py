@@ -1,8 +1,8 @@
 """Whether training on pass@k works against pass@1: prompts that interfere, and protection of a gradient.
 
 M prompts with probabilities q, pass@1 p and K[x, y] = <grad p(x), grad p(y)>, the kernel; J_k is the
-mean pass@k, whose gradient weighs grad p(x) by w = k (1 - p)^(k - 1). Nothing here has a gradient but
-what `gradient_surgery` scales. ValueError for k below 1, shapes, and q, p that are no probabilities (where known).
+mean pass@k, whose gradient weighs grad p(x) by w = k (1 - p)^(k - 1). ValueError for k below 1, shapes,
+and q, p that are no probabilities (where known).
 Source: note on pass@k interference (arXiv 2602.21189), sections 2 to 4.
 """
 
@@ -16,7 +16,7 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, Int, Key, Num, PyTree
 
 from jaxlab.rl.arguments import check_axes, check_number, check_shape, demand, wide
-from jaxlab.rl.passk import check_k, log_passk_weight
+from jaxlab.rl.passk import log_passk_weight
 from jaxlab.ttt.config import check_count
 
 # Rows of a sketch's random matrix that exist at a time.

@@ -6,6 +6,7 @@ exponential behind it is not differentiated at all: 0 times its overflow would b
 Source: note on RL objectives, section B; the peers verl, TRL and Tunix by the table in section C.
 """
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Num

@@ -192,9 +192,10 @@ def _checked(batch, shaped: bool):
     answered = lambda xp, m, v: xp.any(m != 0, 1) | (v == 0)  # noqa: E731
     demand(answered, "mask must have a token in every valid row", batch["mask"], valid)
 
-    def constant(xp, s, traj, v):
-        same = (traj[:, None] == traj) & (v[:, None] != 0) & (v != 0)
-        return ~same | (s[:, None] == s)
+    def constant(xp, success, traj, v):
+        order = xp.lexsort((traj, v == 0))
+        success, traj, v = success[order], traj[order], v[order] != 0
+        return (success[1:] == success[:-1]) | (traj[1:] != traj[:-1]) | ~v[1:]
 
     arrays = [batch["success"], batch["traj"], valid]
     demand(constant, "success must be constant in every trajectory", *arrays)
@@ -217,8 +218,7 @@ def selaur_advantage(batch: dict[str, Array], cfg: AgentConfig = AgentConfig()) 
     row = lambda name: jnp.where(valid, jax.lax.stop_gradient(wide(batch[name])), 0)  # noqa: E731
     traj, success = jnp.clip(jnp.asarray(batch["traj"]), 0, b - 1), row("success") > 0
     steps = _steps(traj, jnp.asarray(batch["t"]), valid)
-    linked = steps.linked.astype(jnp.float32)
-
+    linked = lambda x: steps.linked.astype(x.dtype)  # noqa: E731
     zero = jnp.zeros(b, row("score").dtype)
     u_step = u_smooth = u_traj = step_term = episode_term = zero
     if "logp" in batch and "logp2" in batch:
@@ -226,17 +226,17 @@ def selaur_advantage(batch: dict[str, Array], cfg: AgentConfig = AgentConfig()) 
         signals = token_signals(*known, margin_bias=cfg.margin_bias, margin_temp=cfg.margin_temp)
         u_step = step_uncertainty(signals, mask, cfg.weights, cfg.rho)
         u, present = u_step[steps.order], valid[steps.order].astype(u_step.dtype)
-        u_smooth = smoothed(u, present, linked, cfg.decay)
+        u_smooth = smoothed(u, present, linked(u), cfg.decay)
         late = cfg.summary == "exp_late"
         values = u if late else u_smooth
-        weights = present * (late_weights(present, linked, cfg.decay) if late else 1)
+        weights = present * (late_weights(present, linked(u), cfg.decay) if late else 1)
         total = lambda x: jax.ops.segment_sum(x, traj[steps.order], b)  # noqa: E731
         weight = total(weights)
         u_traj = (total(values * weights) / jnp.where(weight > 0, weight, 1))[traj]
         u_smooth = u_smooth[steps.back]
     penalty = row("step_penalty") if "step_penalty" in batch else 0
-    score = row("score")
-    returns = backward_sums(row("reward")[steps.order], cfg.gamma * linked)[steps.back] - penalty
+    score, reward = row("score"), row("reward")[steps.order]
+    returns = backward_sums(reward, cfg.gamma * linked(reward))[steps.back] - penalty
     gate = jnp.zeros((), bool)
     if shaped:
         first = steps.first[steps.back]
