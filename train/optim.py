@@ -35,4 +35,4 @@ def protect_reference(
             updates = gradient_surgery(updates, reference_grads, eps)
         return updates, state
 
-    return optax.GradientTransformationExtraArgs(wrapped.init, update)
+    return optax.GradientTransformationExtraArgs(wrapped.init, update)  # type: ignore[arg-type]

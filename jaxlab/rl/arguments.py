@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jax.experimental import checkify
 
 
@@ -24,7 +25,7 @@ def wide(x) -> jax.Array:
 
 def demand(holds: Callable[..., Any], message: str, *arrays) -> None:
     """ValueError(message) unless `holds(numpy or jax.numpy, *arrays)` everywhere; see the module."""
-    if any(isinstance(x, jax.core.Tracer) for x in arrays):
+    if any(isinstance(x, Tracer) for x in arrays):
         checkify.debug_check(jnp.all(holds(jnp, *arrays)), message.replace("{", "{{"))
     elif not np.all(holds(np, *map(np.asarray, arrays))):
         raise ValueError(message)
@@ -33,9 +34,8 @@ def demand(holds: Callable[..., Any], message: str, *arrays) -> None:
 def check_number(name: str, value, low: float, high: float = math.inf, *, above=False) -> None:
     """ValueError unless `value` is a finite number in [low, high]; (low, high] if `above`."""
     real = isinstance(value, numbers.Real | np.number) and not isinstance(value, bool)
-    if not (
-        real and math.isfinite(value) and low <= value <= high and not (above and value == low)
-    ):
+    number = float(value) if real else math.nan  # type: ignore[arg-type]
+    if not (math.isfinite(number) and low <= number <= high) or (above and number == low):
         bounds = f"{'above' if above else 'at least'} {low}"
         bounds += f" and at most {high}" if high < math.inf else ""
         raise ValueError(f"{name}={value!r} must be a finite number {bounds}")

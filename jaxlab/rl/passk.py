@@ -11,6 +11,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, Float, Int, Num
 
 from jaxlab.rl.arguments import demand, wide
@@ -62,7 +63,7 @@ def pass_at_k(
     n, c and k broadcast; n and c may be traced, k is an int or a concrete integer array. ValueError
     unless 1 <= k <= n and 0 <= c <= n; where these are traced, NaN.
     """
-    if isinstance(k, jax.core.Tracer):
+    if isinstance(k, Tracer):
         raise ValueError(
             f"k={k} must be an int or a concrete array: the number of terms depends on it"
         )

@@ -89,6 +89,7 @@ def aggregate(
     numerator = jnp.sum(value)
     if axis_name is not None:
         numerator, count = jax.lax.psum((numerator, count), axis_name)
+    length = max_len or 1
     if mode == "token_sum_scale":
-        return numerator, jnp.full_like(count, max_len)
-    return numerator, count * max_len if mode == "seq_mean_token_scale" else count
+        return numerator, jnp.full_like(count, length)
+    return numerator, count * length if mode == "seq_mean_token_scale" else count

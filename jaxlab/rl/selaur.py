@@ -83,11 +83,11 @@ def anchor_ids(observations: Sequence[Hashable], group: Sequence[int]) -> np.nda
 
     ValueError unless there is one group a row.
     """
-    group = np.asarray(group)
-    if group.shape != (len(observations),):
-        raise ValueError(f"group has shape {group.shape}; expected ({len(observations)},)")
+    groups = np.asarray(group)
+    if groups.shape != (len(observations),):
+        raise ValueError(f"group has shape {groups.shape}; expected ({len(observations)},)")
     seen: dict[Hashable, int] = {}
-    pairs = zip(group.tolist(), observations, strict=True)
+    pairs = zip(groups.tolist(), observations, strict=True)
     return np.array([seen.setdefault(pair, len(seen)) for pair in pairs], np.int32)
 
 
@@ -250,15 +250,28 @@ def selaur_advantage(batch: dict[str, Array], cfg: AgentConfig = AgentConfig()) 
         )
         score, returns = shape(score, episode_term), shape(returns, step_term)
 
-    options = dict(valid=valid, num_segments=b, std=cfg.std, eps=cfg.eps)
+    def centred(x, ids, singleton, counted=None):
+        return group_center(
+            x, ids, valid, b, std=cfg.std, singleton=singleton, eps=cfg.eps, weights=counted
+        )
+
     counted = steps.first[steps.back] if cfg.over_trajectories else None
     group = jnp.asarray(batch["group"])
-    episode = group_center(score, group, weights=counted, **options)
-    clusters = _clusters(group, jnp.asarray(batch["anchor"]), valid)
-    step = group_center(returns, clusters, singleton="self", **options)
-    rows = [jnp.where(valid, x, 0) for x in (u_step, u_smooth, u_traj, step_term, episode_term)]
+    episode = centred(score, group, "zero", counted)
+    step = centred(returns, _clusters(group, jnp.asarray(batch["anchor"]), valid), "self")
     adv = jnp.where(mask, (episode + cfg.omega * step)[:, None], 0)
-    return AgentAdvantage(adv, episode, step, *rows, gate)
+    keep = lambda x: jnp.where(valid, x, 0)  # noqa: E731
+    return AgentAdvantage(
+        adv=adv,
+        adv_episode=episode,
+        adv_step=step,
+        u_step=keep(u_step),
+        u_smooth=keep(u_smooth),
+        u_traj=keep(u_traj),
+        step_term=keep(step_term),
+        episode_term=keep(episode_term),
+        gate=gate,
+    )
 
 
 def gigpo_advantage(batch: dict[str, Array], cfg: AgentConfig = AgentConfig()) -> AgentAdvantage:
