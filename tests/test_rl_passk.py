@@ -238,7 +238,9 @@ def test_weights_of_prompts():
     p = np.array([0.0, 0.1, 0.5, 1 - 1e-7, 1.0], np.float32)
     exact = np.asarray(p, np.float64)
     for k in (1, 2, 8, 64):
-        np.testing.assert_allclose(rl.passk_weight(p, k), k * (1 - exact) ** (k - 1), 2e-6, atol=1e-37)
+        np.testing.assert_allclose(
+            rl.passk_weight(p, k), k * (1 - exact) ** (k - 1), 2e-6, atol=1e-37
+        )
     np.testing.assert_array_equal(rl.log_passk_weight(p, 1), np.zeros(5))
     logs = np.asarray(rl.log_passk_weight(p, 4096))
     assert np.all(np.isfinite(logs[:-1])) and logs[-1] == -np.inf
