@@ -188,9 +188,11 @@ def test_the_gate_is_strict():
 
 def test_a_failed_task_teaches_only_with_uncertainty():
     batch = drawn(0)
-    batch["score"] = np.where(batch["group"] == 0, 0.0, batch["score"])
-    batch["success"] = np.where(batch["group"] == 0, 0.0, 1.0)
-    rows = (batch["group"] == 0) & (batch["valid"] == 1)
+    runs = lambda task: len(set(batch["traj"][batch["group"] == task]))  # noqa: E731
+    task = max(range(3), key=runs)
+    assert runs(task) > 1
+    rows = batch["group"] == task
+    batch |= {"score": np.where(rows, 0.0, batch["score"]), "success": np.where(rows, 0.0, 1.0)}
     plain, shaped = rl.gigpo_advantage(batch), rl.selaur_advantage(batch)
     assert not np.any(np.asarray(plain.adv_episode)[rows])
     assert np.all(np.asarray(shaped.adv_episode)[rows] != 0) and shaped.gate
@@ -216,7 +218,7 @@ def test_orders_names_and_constants_change_nothing():
     many = [
         i for i in range(B) if batch["valid"][i] and sum(batch["group"] == batch["group"][i]) > 1
     ]
-    np.testing.assert_allclose(lifted.adv[many], base.adv[many], atol=1e-5)
+    np.testing.assert_allclose(np.array(lifted.adv)[many], np.array(base.adv)[many], atol=1e-5)
 
 
 def test_rows_split_over_devices_have_the_same_advantages():
@@ -285,7 +287,7 @@ def test_token_signals_are_the_formulas(dtype, tolerance):
         np.testing.assert_allclose(x, expected, rtol=tolerance * 10, atol=tolerance)
     share = -np.sum(np.exp(exact) * exact, -1) / np.log(9)
     np.testing.assert_allclose(full[..., 0], share, rtol=tolerance * 10)
-    np.testing.assert_array_equal(full[..., 1:], whole[..., 1:])
+    np.testing.assert_allclose(full[..., 1:], whole[..., 1:], rtol=tolerance)
 
 
 def test_limits_of_token_signals():
