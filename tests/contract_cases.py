@@ -357,3 +357,9 @@ EXEMPT: dict[str, str] = {
 
 # Modules that other modules of jaxlab are made of; their functions are not public.
 INTERNAL = {"jaxlab.loops", "jaxlab.masks", "jaxlab.blockwise", "jaxlab.varying"}
+
+# Rows of a package in a file of its own, which takes `Case` from here.
+import rl_contract_cases as rl  # noqa: E402
+
+CASES |= rl.CASES
+EXEMPT |= rl.EXEMPT
