@@ -57,7 +57,7 @@ def test_the_kernel_gives_the_gradients_of_every_pass_at_k():
         K = G @ G.T
         g1 = ravel_pytree(jax.grad(objective(1))(params))[0]
         np.testing.assert_allclose(rl.agreement(K, q), G @ g1, rtol=1e-10, atol=1e-14)
-        for k in (1, 2, 5, 12):
+        for k in (1, 5):
             gk = ravel_pytree(jax.grad(objective(k))(params))[0]
             report = jax.jit(lambda K, q, p: rl.interference_report(K, q, p, k, k_max=40))(K, q, p)  # noqa: B023
             close = functools.partial(np.testing.assert_allclose, rtol=1e-9, atol=1e-14)
@@ -233,7 +233,7 @@ def test_prompt_gradients_are_the_rows_of_the_jacobian_in_any_chunk():
     params, batch = to32(params), to32(batch)
     flat, back = ravel_pytree(params)
     jacobian = jax.jacobian(lambda x: jax.vmap(lambda e: passed(back(x), e))(batch))(flat)
-    for chunk in (None, 1, 4, 100):
+    for chunk in (None, 4):
         got = jax.jit(lambda p, b: rl.prompt_gradients(passed, p, b, chunk=chunk))(params, batch)  # noqa: B023
         assert got.dtype == jnp.float32
         np.testing.assert_allclose(got, jacobian, rtol=1e-5, atol=1e-7)

@@ -91,7 +91,13 @@ def measured(config, logp, batch, entropy, jit):
     return (jax.jit(run) if jit else run)(jnp.asarray(logp), entropy)
 
 
-@pytest.mark.parametrize("case", CONFIGS)
+SLOW = {f"{kind} {level}" for kind in ("pg", "sapo", "gmpo") for level in LEVELS[1:]}
+SLOW |= {f"{mode} all" for mode in MODES} | {"kl k1", "kl abs", "tau", "sequence, narrow clamp"}
+
+
+@pytest.mark.parametrize(
+    "case", [pytest.param(x, marks=pytest.mark.slow if x in SLOW else ()) for x in CONFIGS]
+)
 def test_loss_gradient_and_metrics_are_those_of_the_formulas(case):
     for seed, adv in ((0, "row"), (1, "token")):
         config, inputs, value, grad, sums, parts = reference(case, seed, adv)

@@ -136,10 +136,25 @@ CONFIGS = {
     "late, no smoothing": dict(summary="exp_late", decay=0.0, gamma=0.0),
     "over trajectories": dict(over_trajectories=True, omega=0.5, gamma=1.0),
 }
-RUN = jax.jit(rl.selaur_advantage, static_argnums=1)
+QUICK = dict(static_argnums=1, compiler_options={"xla_backend_optimization_level": 0})
+RUN = jax.jit(rl.selaur_advantage, **QUICK)  # most of the time of this file is compilation
+MAIN = rl.AgentConfig()
+GIGPO = jax.jit(rl.gigpo_advantage, **QUICK)
+SLOW = (
+    "gigpo, std",
+    "neg",
+    "gate closed",
+    "late, no smoothing",
+    "no smoothing",
+    "exp",
+    "gigpo",
+    "grpo",
+)
 
 
-@pytest.mark.parametrize("case", CONFIGS)
+@pytest.mark.parametrize(
+    "case", [pytest.param(x, marks=pytest.mark.slow if x in SLOW else ()) for x in CONFIGS]
+)
 def test_advantages_are_those_of_the_loops(case):
     config = rl.AgentConfig(**CONFIGS[case])
     for seed in range(2):
@@ -163,14 +178,14 @@ def test_advantages_are_those_of_the_loops(case):
 
 def test_gigpo_needs_no_log_probabilities_and_is_selaur_with_its_gate_closed():
     batch = drawn(0)
-    plain = rl.gigpo_advantage({k: v for k, v in batch.items() if k not in ("logp", "logp2")})
+    plain = GIGPO({k: v for k, v in batch.items() if k not in ("logp", "logp2")}, MAIN)
     assert not plain.gate and not np.any(plain.u_step) and not np.any(plain.u_traj)
-    closed = rl.selaur_advantage(batch, rl.AgentConfig(gate=1.0))
+    closed = RUN(batch, rl.AgentConfig(gate=1.0))
     for name in ("adv", "adv_episode", "adv_step"):
         np.testing.assert_array_equal(getattr(closed, name), getattr(plain, name))
     assert np.any(closed.episode_term != 0)
     won = batch | {"success": np.ones(B)}
-    linear = rl.selaur_advantage(won)
+    linear = RUN(won, MAIN)
     assert linear.gate
     np.testing.assert_array_equal(linear.adv, plain.adv)
 
@@ -182,8 +197,8 @@ def test_the_gate_is_strict():
     }  # noqa: E501
     rate = np.mean(list(trajectories.values()))
     assert 0 < rate < 1
-    assert not rl.selaur_advantage(batch, rl.AgentConfig(gate=float(np.float32(rate)))).gate
-    assert rl.selaur_advantage(batch, rl.AgentConfig(gate=float(rate) - 1e-6)).gate
+    assert not RUN(batch, rl.AgentConfig(gate=float(np.float32(rate)))).gate
+    assert RUN(batch, rl.AgentConfig(gate=float(rate) - 1e-6)).gate
 
 
 def test_a_failed_task_teaches_only_with_uncertainty():
@@ -193,16 +208,16 @@ def test_a_failed_task_teaches_only_with_uncertainty():
     assert runs(task) > 1
     rows = batch["group"] == task
     batch |= {"score": np.where(rows, 0.0, batch["score"]), "success": np.where(rows, 0.0, 1.0)}
-    plain, shaped = rl.gigpo_advantage(batch), rl.selaur_advantage(batch)
+    plain, shaped = GIGPO(batch, MAIN), RUN(batch, MAIN)
     assert not np.any(np.asarray(plain.adv_episode)[rows])
     assert np.all(np.asarray(shaped.adv_episode)[rows] != 0) and shaped.gate
-    opposite = rl.selaur_advantage(batch, rl.AgentConfig(transform="neg"))
+    opposite = RUN(batch, rl.AgentConfig(transform="neg"))
     np.testing.assert_array_equal(opposite.step_term, -shaped.step_term)
     np.testing.assert_array_equal(opposite.episode_term, -shaped.episode_term)
 
 
 def test_orders_names_and_constants_change_nothing():
-    batch, config = drawn(3), rl.AgentConfig(std=False)
+    batch, config = drawn(3), MAIN
     base = RUN(batch, config)
     order = np.random.default_rng(1).permutation(B)
     moved = RUN({k: v[order] for k, v in batch.items()}, config)
@@ -225,7 +240,7 @@ def test_rows_split_over_devices_have_the_same_advantages():
     mesh = jax.make_mesh((8,), ("data",), (AxisType.Auto,))
     batch = {k: v.astype(np.float32) if v.dtype == float else v for k, v in drawn(0).items()}
     put = lambda x: jax.device_put(x, jax.NamedSharding(mesh, PartitionSpec("data")))  # noqa: E731
-    one, eight = RUN(batch, rl.AgentConfig()), RUN(jax.tree.map(put, batch), rl.AgentConfig())
+    one, eight = RUN(batch, MAIN), RUN(jax.tree.map(put, batch), MAIN)
     for x, y in zip(eight, one, strict=True):
         np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6)
 
@@ -366,7 +381,7 @@ def test_no_gradient_flows():
         return sum(jnp.sum(x) for x in out[:-1])
 
     inputs = (batch["logp"], batch["reward"], batch["score"])
-    for grad in jax.grad(total, (0, 1, 2))(*inputs):
+    for grad in jax.jit(jax.grad(total, (0, 1, 2)))(*inputs):
         np.testing.assert_array_equal(grad, jnp.zeros_like(grad))
 
 
