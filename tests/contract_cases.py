@@ -359,11 +359,10 @@ EXEMPT: dict[str, str] = {
 INTERNAL = {"jaxlab.loops", "jaxlab.masks", "jaxlab.blockwise", "jaxlab.varying"}
 
 # Rows of a package in a file of its own, which takes `Case` from here.
-import diffusion_contract_cases as diffusion  # noqa: E402
+import diffusion_contract_cases  # noqa: E402
+import rl_contract_cases  # noqa: E402
+import uncertainty_contract_cases  # noqa: E402
 
-CASES |= diffusion.CASES
-EXEMPT |= diffusion.EXEMPT
-import uncertainty_contract_cases as uncertainty  # noqa: E402
-
-CASES |= uncertainty.CASES
-EXEMPT |= uncertainty.EXEMPT
+for package in (diffusion_contract_cases, rl_contract_cases, uncertainty_contract_cases):
+    CASES |= package.CASES
+    EXEMPT |= package.EXEMPT

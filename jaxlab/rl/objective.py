@@ -1,0 +1,171 @@
+"""One loss for them all: the policy term, KL, entropy and importance correction of a configuration."""
+
+import dataclasses
+import math
+from collections.abc import Callable
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from jaxlab.rl.arguments import check_number, check_shape
+from jaxlab.rl.kl import check_kl, kl_tokens
+from jaxlab.rl.logits import entropy_from_logits, logprobs_from_logits
+from jaxlab.rl.losses import check_policy, policy_loss_tokens, ratio
+from jaxlab.rl.reduce import (
+    Metrics,
+    aggregate,
+    check_mode,
+    mean_of,
+    stop,
+    token_metrics,
+    valid_tokens,
+)  # fmt: skip
+from jaxlab.ttt.config import check_choice
+
+POLICY = (
+    "kind",
+    "ratio_level",
+    "eps_low",
+    "eps_high",
+    "dual_clip",
+    "ratio_cap",
+    "tau_pos",
+    "tau_neg",
+    "log_ratio_clamp",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class RLConfig:
+    """Everything static of `rl_loss`; ValueError on construction for values out of range.
+
+    Fields up to log_ratio_clamp are the arguments of `policy_loss_tokens`, mode, rows and max_len
+    those of `aggregate`, kl and kl_clamp those of `kl_tokens`.
+    """
+
+    kind: str = "ppo"
+    ratio_level: str = "token"
+    eps_low: float = 0.2
+    eps_high: float = 0.2
+    dual_clip: float | None = None
+    ratio_cap: float | None = None
+    tau_pos: float = 1.0
+    tau_neg: float = 1.05
+    log_ratio_clamp: float | None = 20.0
+    mode: str = "token_mean"
+    rows: str = "nonempty"
+    max_len: int | None = None
+    kl_coef: float = 0.0
+    kl: str = "k3"
+    kl_clamp: float | None = None
+    kl_times_ratio: bool = False  # the KL token times r, gradient through both
+    entropy_coef: float = 0.0
+    sampler_cap: float | None = None  # truncation of exp(logp_old - logp_sampler)
+    temperature: float = 1.0  # of the logits, in `rl_objective`
+
+    def __post_init__(self):
+        check_policy(**self.policy)
+        check_mode(self.mode, self.rows, self.max_len)
+        check_kl(self.kl, self.kl_clamp)
+        check_number("kl_coef", self.kl_coef, 0)
+        check_number("entropy_coef", self.entropy_coef, -math.inf)
+        check_number("temperature", self.temperature, 0, above=True)
+        check_choice("kl_times_ratio", self.kl_times_ratio, True, False)
+        if self.sampler_cap is not None:
+            check_number("sampler_cap", self.sampler_cap, 0, above=True)
+
+    @property
+    def policy(self) -> dict:
+        """The arguments of `policy_loss_tokens`."""
+        return {name: getattr(self, name) for name in POLICY}
+
+
+def rl_loss(
+    logp: Float[Array, "N T"],
+    batch: dict[str, Array],
+    cfg: RLConfig,
+    *,
+    entropy: Float[Array, "N T"] | None = None,
+) -> tuple[Float[Array, ""], Metrics]:
+    """(loss, metrics) of logp [N, T], the log-probabilities of the sampled tokens; 0 if all is masked.
+
+    batch: logp_old [N, T], adv [N], [N, 1] or [N, T], mask [N, T]; logp_ref [N, T] if kl_coef;
+    logp_sampler [N, T] if sampler_cap; denominator [] replaces that of `aggregate`, for an update in
+    microbatches. A token is worth its policy loss, times min(exp(logp_old - logp_sampler), sampler_cap)
+    without gradient, plus kl_coef KL, minus entropy_coef `entropy`.
+
+    Metrics are (sum, weight): loss (numerator, denominator), those of `policy_loss_tokens`, kl (0
+    without a reference), advantage and, if given, entropy. ValueError for what is missing or does not
+    fit. Source: note on RL objectives, sections B and C.
+    """
+    for name in ("logp_old", "adv", "mask"):
+        if name not in batch:
+            raise ValueError(f"batch lacks {name!r}; it holds {sorted(batch)}")
+    needs = {"logp_ref": ("kl_coef", cfg.kl_coef > 0)}
+    needs["logp_sampler"] = ("sampler_cap", cfg.sampler_cap is not None)
+    for name, (field, needed) in needs.items():
+        if needed and name not in batch:
+            raise ValueError(
+                f"{field}={getattr(cfg, field)} needs batch[{name!r}], which is absent"
+            )
+    if cfg.entropy_coef and entropy is None:
+        raise ValueError(f"entropy_coef={cfg.entropy_coef} needs entropy=, which is None")
+
+    optional = {name: batch[name] for name in ("logp_ref", "logp_sampler") if name in batch}
+    optional |= {} if entropy is None else {"entropy": entropy}
+    arrays = {"logp": logp, "logp_old": batch["logp_old"], **optional}
+    kept, *values = valid_tokens(batch["mask"], **arrays)
+    a = dict(zip(arrays, values, strict=True))
+    loss, metrics = policy_loss_tokens(a["logp"], a["logp_old"], batch["adv"], kept, **cfg.policy)
+    if cfg.sampler_cap is not None:
+        mismatch = jnp.exp(stop(a["logp_old"] - a["logp_sampler"]))
+        loss *= jnp.minimum(mismatch, cfg.sampler_cap)
+    kl = jnp.zeros_like(loss)
+    if "logp_ref" in a:
+        kl = kl_tokens(a["logp"], a["logp_ref"], cfg.kl, cfg.kl_clamp)
+        if cfg.kl_times_ratio:
+            kl *= ratio(a["logp"], a["logp_old"], kept, cfg.ratio_level, cfg.log_ratio_clamp)
+    loss += cfg.kl_coef * kl if cfg.kl_coef else 0
+    loss -= cfg.entropy_coef * a["entropy"] if cfg.entropy_coef else 0
+    numerator, denominator = aggregate(loss, kept, cfg.mode, max_len=cfg.max_len, rows=cfg.rows)
+    if "denominator" in batch:
+        check_shape("denominator", batch["denominator"], ())
+        denominator = stop(jnp.asarray(batch["denominator"], denominator.dtype))
+    adv = jnp.asarray(batch["adv"])
+    extra = {"kl": kl, "advantage": adv[:, None] if adv.ndim == 1 else adv}
+    extra |= {"entropy": a["entropy"]} if entropy is not None else {}
+    metrics |= {"loss": (numerator, denominator)} | token_metrics(kept, loss.dtype, **extra)
+    return mean_of(numerator, denominator), metrics
+
+
+def rl_objective(cfg: RLConfig) -> Callable:
+    """objective(apply, params, batch, key) -> (loss, metrics): `rl_loss` of a model's logits.
+
+    `apply(params, tokens, positions, segment_ids) -> logits [N, L, V]` gets these from the batch,
+    without those at the end that it lacks; the rest of the batch is that of `rl_loss`. The tokens that
+    are scored, [N, T] as the mask, are batch["targets"], aligned with the logits; without targets, the
+    last T < L of tokens, each by the logits before it. The loss is the mean; metrics["loss"] holds it as
+    (sum, weight), for a trainer that sums over microbatches. `key` is not used.
+    """
+
+    def objective(apply, params, batch, key):
+        inputs = [batch.get(name) for name in ("tokens", "positions", "segment_ids")]
+        while inputs[-1] is None:
+            inputs.pop()
+        logits = apply(params, *inputs)
+        if "targets" in batch:
+            targets = jnp.maximum(batch["targets"], 0)
+        else:
+            length, t = inputs[0].shape[1], jnp.shape(batch["mask"])[1]
+            if t >= length:
+                raise ValueError(
+                    f"mask has {t} tokens; without targets at most {length - 1} of {length}"
+                )
+            logits, targets = logits[:, length - 1 - t : length - 1], inputs[0][:, length - t :]
+        logp = logprobs_from_logits(logits, targets, temperature=cfg.temperature)
+        entropy = None
+        if cfg.entropy_coef:
+            entropy = entropy_from_logits(logits, temperature=cfg.temperature)
+        return rl_loss(logp, batch, cfg, entropy=entropy)
+
+    return objective

@@ -1,0 +1,95 @@
+"""Means over valid tokens: as numerator and denominator, so that they reduce over any mesh.
+
+Shapes: N rows, T tokens. What a masked position holds, NaN and inf included, adds exactly 0 to value
+and gradient.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Num
+
+from jaxlab.rl.arguments import check_axes, check_shape, flags, wide
+from jaxlab.ttt.config import check_choice, check_count
+
+MODES = (
+    "token_mean",
+    "seq_mean_token_mean",
+    "seq_mean_token_sum",
+    "seq_mean_token_scale",
+    "token_sum_scale",
+)
+ROWS = ("nonempty", "all")
+Metrics = dict[str, tuple[Float[Array, ""], Float[Array, ""]]]
+stop = jax.lax.stop_gradient
+
+
+def mean_of(numerator: Float[Array, ""], denominator: Float[Array, ""]) -> Float[Array, ""]:
+    """numerator / denominator, 0 where the denominator is 0."""
+    some = denominator > 0
+    return jnp.where(some, numerator / jnp.where(some, denominator, 1), 0)
+
+
+def clip(x, low, high):
+    """`x` in [low, high] with slope 1 on the bounds, where jnp.clip has 1/2."""
+    return jnp.where(x < low, low, jnp.where(x > high, high, x))
+
+
+def valid_tokens(mask, **arrays) -> tuple[jax.Array, ...]:
+    """(mask as booleans, arrays [N, T] of their type, 0 where masked)."""
+    for name, x in arrays.items():
+        check_axes(name, x, "N T")
+        check_shape(name, x, jnp.shape(next(iter(arrays.values()))))
+    kept = flags("mask", mask, *(jnp.shape(x) for x in arrays.values()))
+    return kept, *(jnp.where(kept, wide(x), 0) for x in arrays.values())
+
+
+def row_mean(x, kept):
+    """Mean over the valid tokens of each row [N, 1], 0 for an empty row; `x` is 0 where masked."""
+    return jnp.sum(x, 1, keepdims=True) / jnp.maximum(jnp.sum(kept, 1, keepdims=True), 1)
+
+
+def token_metrics(kept, dtype, **values) -> Metrics:
+    """{name: (sum over valid tokens, their number)} without gradient."""
+    count = jnp.sum(kept, dtype=dtype)
+    total = lambda x: stop(jnp.sum(jnp.where(kept, x, 0).astype(dtype)))  # noqa: E731
+    return {name: (total(x), count) for name, x in values.items()}
+
+
+def check_mode(mode, rows, max_len) -> None:
+    """ValueError for unknown names, and where `mode` needs a max_len that is not there."""
+    check_choice("mode", mode, *MODES)
+    check_choice("rows", rows, *ROWS)
+    if max_len is None and mode in ("seq_mean_token_scale", "token_sum_scale"):
+        raise ValueError(f"max_len=None must be an integer of at least 1 for mode={mode!r}")
+    if max_len is not None:
+        check_count("max_len", max_len, 1)
+
+
+def aggregate(
+    x: Float[Array, "N T"],
+    mask: Num[Array, "N T"],
+    mode: str,
+    *,
+    max_len: int | None = None,
+    rows: str = "nonempty",
+    axis_name: str | tuple[str, ...] | None = None,
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """(numerator, denominator) of a mean over tokens; the mean is their quotient, 0 if nothing counts.
+
+    With R the rows that have a valid token (or all, `rows` "all"): "token_mean" (sum, valid tokens),
+    "seq_mean_token_mean" (sum of row means, R), "seq_mean_token_sum" (sum, R), "seq_mean_token_scale"
+    (sum, R max_len), "token_sum_scale" (sum, max_len). Inside shard_map with rows split over
+    `axis_name`, both are those of the whole batch. ValueError for names and shapes.
+    """
+    check_mode(mode, rows, max_len)
+    kept, x = valid_tokens(mask, x=x)
+    value = row_mean(x, kept) if mode == "seq_mean_token_mean" else x
+    counted = kept if mode == "token_mean" else (jnp.any(kept, 1) | (rows == "all"))
+    count = jnp.sum(counted, dtype=x.dtype)
+    numerator = jnp.sum(value)
+    if axis_name is not None:
+        numerator, count = jax.lax.psum((numerator, count), axis_name)
+    length = max_len or 1
+    if mode == "token_sum_scale":
+        return numerator, jnp.full_like(count, length)
+    return numerator, count * length if mode == "seq_mean_token_scale" else count
