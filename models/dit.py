@@ -176,8 +176,9 @@ class DiTBlock(nn.Module):
         out = weight(self, "wo", (d, d), ("heads", "embed"), draw, kind)
         if self.is_initializing():  # of one row, which a mesh cannot split
             return x
+        wq, wk, wv = (w.reshape(d, h, d // h) for w in ins)
         return attention_layer(
-            x, *(w.reshape(d, h, d // h) for w in ins), out.reshape(h, d // h, d),
+            x, wq, wk, wv, out.reshape(h, d // h, d),
             positions=positions, segment_ids=segment_ids, inv_freq=rope_frequencies(d // h, 1e4),
             causal=False, **dataclasses.asdict(self.context),
         )  # fmt: skip
@@ -233,7 +234,7 @@ class DiT(nn.Module):
         level = affine(self, "level_in", (FEATURES, c), (None, None), kind)(level_features(sigma))
         level = affine(self, "level_out", (c, c), (None, None), kind)(jax.nn.silu(level))
         if labels is not None:
-            shape = (self.num_classes + 1, c)
+            shape = ((self.num_classes or 0) + 1, c)  # the last: no class
             level += weight(self, "classes", shape, (None, None), uniform(c**-0.5), kind)[labels]
         cond = jax.nn.silu(level).astype(dtype)
         x = mix_embeddings(table, inputs, weights).astype(dtype)

@@ -119,7 +119,7 @@ class UNet(nn.Module):
         level = nn.Dense(wide)(_waves(1000 * sigma.astype(jnp.float32), c))
         level = nn.Dense(wide)(jax.nn.silu(level))
         if labels is not None:
-            level += nn.Embed(self.num_classes + 1, wide)(labels)
+            level += nn.Embed((self.num_classes or 0) + 1, wide)(labels)
         level = jax.nn.silu(level).astype(dtype)
         scaled = 2 * inputs.astype(jnp.float32) / self.vocab_size - 1
         image = rearrange(scaled, "b (c y x) -> b y x c", c=self.colours, y=side)

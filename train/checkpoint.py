@@ -225,7 +225,8 @@ class Checkpoints:
                 partial_restore=only is not None,
             )
             # The manager's own restore ends at a barrier, where one that cannot read never comes.
-            state = self._handler.restore(self.folder / str(step) / "state", args=args)
+            where: Any = self.folder / str(step) / "state"
+            state = self._handler.restore(where, args=args)
         sums = np.asarray(fingerprint(state))
         bad = [n for n, s in zip(names, sums, strict=True) if meta["fingerprint"][n] != int(s)]
         if bad:

@@ -107,8 +107,10 @@ class Denoised:
         @functools.cache
         def judge():
             plain = dataclasses.replace(run.source, packing="concat")
-            rows = [plain.make(run.batch, seed=run.seed, split=s) for s in ("train", "valid")]
-            return fit_bigram(*rows, run.model.vocab)
+            train, valid = (
+                plain.make(run.batch, seed=run.seed, split=s) for s in ("train", "valid")
+            )
+            return fit_bigram(train, valid, run.model.vocab)
 
         def evaluate(params, step):
             key = jax.random.fold_in(jax.random.key(run.seed), step)
@@ -139,7 +141,7 @@ def write_rows(run: Any, program: Any, params: Any, psi: Psi, rows: int, seed: i
     def trace(params):
         uniforms = jax.random.uniform(keys[0], (config.steps + 1, *shape))
         if config.prior == "masked":
-            start = jnp.full(shape, config.mask_id)
+            start = jnp.full(shape, config.mask_id or 0)
         else:
             start = jax.random.randint(keys[1], shape, 0, config.vocab)
         return sample_from_uniforms(denoiser(program.apply, params), start, uniforms, config)
