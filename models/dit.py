@@ -179,7 +179,7 @@ class DiTBlock(nn.Module):
         wq, wk, wv = (w.reshape(d, h, d // h) for w in ins)
         return attention_layer(
             x, wq, wk, wv, out.reshape(h, d // h, d),
-            positions=positions, segment_ids=segment_ids, inv_freq=rope_frequencies(d // h, 1e4),
+            positions=positions, segment_ids=segment_ids, inv_freq=jnp.asarray(rope_frequencies(d // h, 1e4)),
             causal=False, **dataclasses.asdict(self.context),
         )  # fmt: skip
 
