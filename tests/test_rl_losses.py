@@ -22,6 +22,9 @@ MODES = (
     "seq_mean_token_scale",
     "token_sum_scale",
 )
+every_level = pytest.mark.parametrize(
+    "level", [*LEVELS[:2], *(pytest.param(x, marks=pytest.mark.slow) for x in LEVELS[2:])]
+)
 N, T = 4, 5
 MASK = np.array([[1, 1, 1, 1, 1], [1, 1, 0, 1, 0], [0, 0, 0, 0, 0], [0, 1, 1, 0, 0]])
 
@@ -139,7 +142,7 @@ def test_a_given_denominator_replaces_the_count():
     assert metrics["loss"][1] == 40
 
 
-@pytest.mark.parametrize("level", LEVELS)
+@every_level
 @pytest.mark.parametrize("kind", KINDS)
 def test_on_policy_every_kind_has_the_gradient_of_the_policy_gradient(kind, level):
     logp, batch, _ = draw(0)
@@ -163,7 +166,7 @@ def test_on_policy_every_kind_has_the_gradient_of_the_policy_gradient(kind, leve
 
 
 @pytest.mark.parametrize("kind", ("ppo", "cispo", "sapo", "gmpo"))
-@pytest.mark.parametrize("level", LEVELS)
+@every_level
 def test_ratios_beyond_floats_have_finite_gradients_where_they_are_clipped(kind, level):
     far = jnp.array([[200.0, 150.0], [-200.0, -150.0], [200.0, 200.0]])
     adv = jnp.array([1.0, -1.0, 0.0])
