@@ -44,7 +44,7 @@ class Diffusion:
     """
 
     prior: Annotated[Literal["masked", "uniform"], "what tokens turn into"] = "uniform"
-    curriculum: Curriculum | None = None
+    curriculum: Annotated[Curriculum | None, "softened tokens at first; none: without"] = None
 
     def __call__(self, apply, params, batch, key):
         x0, step = batch["tokens"], batch.get("step")
