@@ -2,6 +2,8 @@
 
 Launch:   jaxlab train mdlm
           jaxlab sample runs/mdlm --psi steps=256 --psi middle=max-capped-0.02 --psi middle_frac=0.5
+Expected: held-out bound about 2.07 nats per byte in four minutes on 2 cores; the demo, which reads from
+          left to right, has 1.57
 """
 
 from models.dit import DiTConfig
