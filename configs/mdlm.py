@@ -1,4 +1,4 @@
-"""Masked diffusion of bytes (MDLM), a DiT of 1.2 M parameters, the demo's text; a laptop CPU.
+"""Masked diffusion of bytes (MDLM), a DiT of 1.3 M parameters, the demo's text; a laptop CPU.
 
 Launch:   jaxlab train mdlm
           jaxlab sample runs/mdlm --psi steps=256 --psi middle=max-capped-0.02 --psi middle_frac=0.5
