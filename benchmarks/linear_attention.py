@@ -73,7 +73,10 @@ def programs(method: str, arrays: dict, impl: str, chunk_size: int) -> dict:
 
     gradient = jax.grad(lambda arguments: jnp.sum(forward(arguments) ** 2))
     arguments = given(method, arrays)
-    return {n: jax.jit(f).lower(arguments).compile() for n, f in zip(PASSES, (forward, gradient))}
+    return {
+        n: jax.jit(f).lower(arguments).compile()
+        for n, f in zip(PASSES, (forward, gradient), strict=True)
+    }
 
 
 def temporaries(method: str, arrays: dict, impl: str, chunk_size: int, times: int) -> int:
