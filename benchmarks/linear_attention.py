@@ -64,7 +64,7 @@ def given(method: str, arrays: dict) -> dict:
     return {name.replace("decays", "decay"): arrays[name] for name in names}
 
 
-def programs(method: str, arrays: dict, impl: str, chunk_size: int) -> dict:
+def programs(method: str, arrays: dict, impl: str, chunk_size: int, passes=PASSES) -> dict:
     """The compiled forward pass, and the gradient of the sum of squares."""
 
     def forward(arguments):
@@ -73,17 +73,17 @@ def programs(method: str, arrays: dict, impl: str, chunk_size: int) -> dict:
 
     gradient = jax.grad(lambda arguments: jnp.sum(forward(arguments) ** 2))
     arguments = given(method, arrays)
-    return {
-        n: jax.jit(f).lower(arguments).compile()
-        for n, f in zip(PASSES, (forward, gradient), strict=True)
-    }
+    found = {"forward": forward, "gradient": gradient}
+    return {name: jax.jit(found[name]).lower(arguments).compile() for name in passes}
 
 
 def temporaries(method: str, arrays: dict, impl: str, chunk_size: int, times: int) -> int:
     """Temporary bytes of the compiled gradient with `times` as many tokens; 0 where not known."""
     longer = lambda x: jax.ShapeDtypeStruct((x.shape[0], times * x.shape[1], *x.shape[2:]), x.dtype)  # noqa: E731
     structs = {name: longer(x) for name, x in arrays.items()}
-    memory = programs(method, structs, impl, chunk_size)["gradient"].memory_analysis()
+    memory = programs(method, structs, impl, chunk_size, ("gradient",))[
+        "gradient"
+    ].memory_analysis()
     return 0 if memory is None else memory.temp_size_in_bytes
 
 
@@ -128,7 +128,7 @@ def theirs(peer: Peer, method: str, arrays: dict, options) -> tuple[dict, dict]:
         found = peer.ask("out", method=method, gates=gates, path=path)
         if "error" in found:
             return {}, found
-        run = programs(method, arrays, "chunkwise", options.chunk_size)["forward"]
+        run = programs(method, arrays, "chunkwise", options.chunk_size, ("forward",))["forward"]
         mine, other = np.asarray(run(given(method, arrays))), np.load(path)
     found["error_of_output"] = float(abs(mine - other).max() / abs(mine).max())
     if not found["error_of_output"] < TOLERANCE:
