@@ -81,9 +81,8 @@ def temporaries(method: str, arrays: dict, impl: str, chunk_size: int, times: in
     """Temporary bytes of the compiled gradient with `times` as many tokens; 0 where not known."""
     longer = lambda x: jax.ShapeDtypeStruct((x.shape[0], times * x.shape[1], *x.shape[2:]), x.dtype)  # noqa: E731
     structs = {name: longer(x) for name, x in arrays.items()}
-    memory = programs(method, structs, impl, chunk_size, ("gradient",))[
-        "gradient"
-    ].memory_analysis()
+    (program,) = programs(method, structs, impl, chunk_size, ("gradient",)).values()
+    memory = program.memory_analysis()
     return 0 if memory is None else memory.temp_size_in_bytes
 
 
