@@ -29,6 +29,45 @@ class AffineChunks(NamedTuple):
     read: jax.Array  # [n, b, h, c, k]
     local: jax.Array  # [n, b, h, c, v]
 
+    def walk(self, times: Callable, state: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """(state after the chunk, what `out` takes of it)."""
+        return times(self.carry, state) + self.write, state
+
+    def out(self, entering: jax.Array) -> jax.Array:
+        return self.local + self.read @ entering
+
+    def affine(self) -> "AffineChunks":
+        return self
+
+
+class DeltaChunks(NamedTuple):
+    """The maps of n chunks of a delta rule, which writes u = solved_v - solved_k @ S.
+
+    Walked one after another they need no carry [k, k], a third of the work; `affine` has it.
+    """
+
+    whole: jax.Array  # [n, b, h, 1 or k, 1], the decay of the chunk
+    inner: jax.Array  # [n, b, h, c, c]
+    read: jax.Array  # [n, b, h, c, k]
+    write: jax.Array  # [n, b, h, c, k]
+    solved_v: jax.Array  # [n, b, h, c, v]
+    solved_k: jax.Array  # [n, b, h, c, k]
+
+    def walk(self, times: Callable, state: jax.Array) -> tuple[jax.Array, tuple]:
+        """(state after the chunk, what `out` takes of it)."""
+        u = self.solved_v - self.solved_k @ state
+        return self.whole * state + self.write.mT @ u, (state, u)
+
+    def out(self, walked: tuple) -> jax.Array:
+        entering, u = walked
+        return self.read @ entering + self.inner @ u
+
+    def affine(self) -> AffineChunks:
+        eye = jnp.eye(self.read.shape[-1], dtype=self.read.dtype)
+        carry = eye * self.whole - self.write.mT @ self.solved_k
+        read = self.read - self.inner @ self.solved_k
+        return affine_chunks(carry, self.inner, read, self.write, self.solved_v)
+
 
 def affine_chunks(carry, inner, read, write, v) -> AffineChunks:
     """From inner [c, c] (what token t reads of value i), and read and write [c, k] of each token."""
@@ -51,7 +90,7 @@ def run_chunks(
 ) -> tuple[jax.Array, jax.Array]:
     """(out [n, b, h, c, v], state after the last chunk) of chunks entered with `start`.
 
-    `prepare(chunks of a group) -> AffineChunks`; `times` multiplies a carry with a state or with
+    `prepare(chunks of a group) -> AffineChunks | DeltaChunks`; `times` multiplies a carry with a state or with
     another carry. The gradient makes one group of maps after another again.
     """
     n = jax.tree.leaves(chunks)[0].shape[0]
@@ -60,13 +99,10 @@ def run_chunks(
     start = vary_like(start, chunks)
     flat = lambda x: x.reshape(n, *x.shape[2:])  # noqa: E731
 
-    def walk(state, step):
-        return times(step[0], state) + step[1], state
-
     def group(state, part):
         maps = prepare(part)
-        state, entering = jax.lax.scan(walk, state, (maps.carry, maps.write))
-        return state, maps.local + maps.read @ entering
+        state, walked = jax.lax.scan(lambda s, chunk: chunk.walk(times, s), state, maps)
+        return state, maps.out(walked)
 
     if impl != "scan":
         final, out = jax.lax.scan(jax.checkpoint(group, prevent_cse=False), start, chunks)
@@ -82,9 +118,10 @@ def run_chunks(
         total = jax.lax.associative_scan(combine, (carry, write))
         return jnp.concatenate([start[None], times(total[0], start) + total[1]])
 
-    maps = jax.tree.map(flat, jax.lax.map(jax.checkpoint(prepare, prevent_cse=False), chunks))
+    affine = jax.checkpoint(lambda part: prepare(part).affine(), prevent_cse=False)
+    maps = jax.tree.map(flat, jax.lax.map(affine, chunks))
     entered = states(maps.carry, maps.write, start)
-    return maps.local + maps.read @ entered[:-1], entered[-1]
+    return maps.out(entered[:-1]), entered[-1]
 
 
 def cut(x: jax.Array, size: int, fill: float = 0.0) -> jax.Array:

@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxlab.linear_attention.chunks import (
     AffineChunks,
+    DeltaChunks,
     affine_chunks,
     compose,
     cut,
@@ -253,7 +254,7 @@ def _token_step(s: jax.Array, token: Tokens) -> tuple[jax.Array, jax.Array]:
     return s, jnp.einsum("bhk,bhkv->bhv", q, s)
 
 
-def _maps(chunk: Tokens) -> AffineChunks:
+def _maps(chunk: Tokens) -> AffineChunks | DeltaChunks:
     """The affine map of each chunk, arrays [n, b, h, c, ...]; padding has k = v = g = beta = 0."""
     q, k, v, g, beta = chunk
     strong_k = k if beta is None else beta[..., None] * k
@@ -275,6 +276,4 @@ def _maps(chunk: Tokens) -> AffineChunks:
     both = jnp.concatenate([beta[..., None] * v, strong_k * into], -1)
     solved = tri_inverse_unit_lower(products[1]) @ both
     solved_v, solved_k = jnp.split(solved, [v.shape[-1]], -1)
-    carry = jnp.eye(k.shape[-1], dtype=k.dtype) * whole - write.mT @ solved_k
-    read = read - inner @ solved_k
-    return affine_chunks(carry, inner, read, write, solved_v)
+    return DeltaChunks(whole, inner, read, write, solved_v, solved_k)
