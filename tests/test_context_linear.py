@@ -183,7 +183,7 @@ CONFIGS = {
 MESH_OF = {"base": "ring 2, context 4", "V2": "context 8"}
 
 
-@pytest.mark.parametrize("name", some(CONFIGS, ("base", "V2")))
+@pytest.mark.parametrize("name", some(CONFIGS, ("base", "V1p", "V2")))
 def test_ttt_is_that_of_one_device(name):
     cfg, mesh = CONFIGS[name], mesh_of(MESHES[MESH_OF.get(name, "data 2, context 2, tensor 2")])
     with jax.enable_x64(True):
@@ -201,13 +201,31 @@ def moved_bytes(fn, args):
 
 
 @pytest.mark.parametrize(
-    "name", some([*RECURRENCES, "V2", "V6"], ("linear_attention", "gated_delta_rule", "V2"))
+    "name",
+    some(
+        [*RECURRENCES, "momentum", "V1p", "V2", "V6"], ("gated_delta_rule", "momentum", "V1p", "V2")
+    ),
 )
 def test_what_is_sent_does_not_depend_on_the_length(name):
     mesh = mesh_of(MESHES["context 8"])
     if name in RECURRENCES:
         sharded = lambda **args: context_recurrence(name, **args, mesh=mesh)[0]  # noqa: E731
         short, long = (inputs(name, t) for t in (64, 256))
+    elif name == "momentum":
+        run = functools.partial(context_recurrence, "linear_attention", mesh=mesh)
+
+        def sharded(**args):
+            return jnp.concatenate([x.ravel() for x in jax.tree.leaves(run(**args))])
+
+        short, long = (
+            inputs("linear_attention", t)
+            | {
+                "momentum": jnp.ones((2, t, 2)),
+                "rate_out": jnp.ones((2, t, 2)),
+                "segment_ids": jnp.ones((2, t)),
+            }
+            for t in (64, 256)
+        )
     else:
         sharded = functools.partial(context_ttt, cfg=SMALL[name], mesh=mesh)
         short, long = (ttt_inputs(SMALL[name], t) for t in (64, 256))

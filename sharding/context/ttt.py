@@ -23,7 +23,7 @@ from jaxlab.ttt.arguments import (
 from jaxlab.ttt.net import features, read
 from jaxlab.ttt.packed import check_packed, packed_window, roles_of
 from jaxlab.ttt.parallel import parallel, why_not_parallel
-from jaxlab.ttt.state import Chunk, learn, moving_part, state_of
+from jaxlab.ttt.state import Chunk, Moving, learn, moving_part, renormalise, state_of
 from jaxlab.varying import vary_like, varying_axes
 from sharding.context.place import Place, check_divides, find_place
 from sharding.context.prefix import prefix_state_exchange
@@ -45,8 +45,8 @@ def context_ttt(
 ) -> Float[Array, "b t h v"]:
     """`ttt` on global arrays, tokens sharded in natural order: its out.
 
-    Where only w1 moves, by the dot loss and without a norm, each shard sends its momentum and the sum
-    of its updates: two matrices a head, however long the sequence; its tokens must be whole chunks.
+    Where only w1 moves, by the dot loss and without a post-norm, each shard sends its momentum and the
+    sum of its updates: two matrices a head, however long the sequence; its tokens must be whole chunks.
     Everything else is sequential over chunks: the tokens of every chunk are spread over the shards,
     by one all-to-all there and one back, and the gradients of a chunk are summed over them; chunks
     must then be a multiple of the shards, and so must the tokens of one. So are documents laid end to
@@ -70,8 +70,7 @@ def context_ttt(
     momentum = check_gate("momentum", momentum, (b, t, h), wide) if cfg.momentum else None
     if places is not None:
         check_shape("places", places, (b, t))
-    static = why_not_parallel(cfg, momentum is not None) is None and cfg.weight_norm is None
-    static = static and places is None
+    static = places is None and why_not_parallel(cfg, momentum is not None) is None
     check_chunks(t, place.size(place.tokens), cfg.chunk_size, spread=not static)
 
     def local(q, k, v, rates, momentum, fw, places):
@@ -115,9 +114,16 @@ def _by_prefix(place: Place, cfg: InnerConfig, state, tokens, _) -> jax.Array:
         entered = prefix_state_exchange(through, last["w1"], place.tokens)
         moving = moving._replace(delta={"w1": entered})
     after, out = parallel(cfg, state, moving, chunks)
-    done = after.read["w1"] - moving.read["w1"]
+    start = moving.read if moving.main is None else moving.main
+    done = (after.read if after.main is None else after.main)["w1"] - start["w1"]
     before = prefix_state_exchange(jnp.ones_like(done), done, place.tokens)
-    out = out + features(cfg.net, state.fw, chunks.q) @ before
+    if moving.main is None:
+        out = out + features(cfg.net, state.fw, chunks.q) @ before
+    else:  # what is read is not linear in the sum: again, from the right one
+        main = start["w1"] + before
+        begins = jax.lax.axis_index(place.tokens) == 0  # the initial weights are read as they are
+        read = jnp.where(begins, moving.read["w1"], renormalise(main, state.norms["w1"]))
+        out = parallel(cfg, state, Moving({"w1": read}, {"w1": main}, moving.delta), chunks)[1]
     return rearrange(out, "n b h c v -> b (n c) h v")
 
 
