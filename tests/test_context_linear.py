@@ -116,7 +116,7 @@ def test_every_option_is_sharded_with_its_states(form, documents):
             n: jax.random.uniform(keys[n], (2, 2, 4) if n == "z" else (2, 2, 4, 4)) for n in states
         }
         args = jax.tree.map(lambda x: x.astype(jnp.float64), args)
-        ids = np.stack([np.repeat([1, 2, 3, 4], n) for n in ((5, 1, 14, 4), (12, 3, 3, 6))])
+        ids = np.stack([np.repeat([1, 2, 3, 4], n) for n in ((5, 1, 7, 11), (12, 3, 1, 8))])
         how = how | {"segment_ids": jnp.asarray(ids) if documents else None, "chunk_size": 2}
 
         def call(fn, args, **more):
