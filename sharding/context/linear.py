@@ -147,7 +147,9 @@ def _master(run, q, k, v, arrays, static, begin: LinAttnState) -> Shard:
     n = len(parts)
     wide = v.dtype
     unit = jnp.ones_like(q[..., :1], wide)
-    eye = jnp.broadcast_to(jnp.eye(n, dtype=wide)[:, None, None, None], (n, *begin.S.shape[:2], 1, n))
+    eye = jnp.broadcast_to(
+        jnp.eye(n, dtype=wide)[:, None, None, None], (n, *begin.S.shape[:2], 1, n)
+    )
     into, end = la.linear_attention(
         unit, unit, jnp.zeros((*q.shape[:3], n), wide), **arrays,
         **options | {"feature_map": "identity"}, scale=1.0, initial_state=LinAttnState(*eye),
