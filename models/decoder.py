@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxlab.rope import LinearScaling, Llama3Scaling, YarnScaling, rope_frequencies
 from models.layers import ATTENTION, MLP, RMSNorm, compute_dtype, weight
-from models.mixers import MIXERS, TTT, LaCT, LinearAttention, check_mixers
+from models.mixers import MIXERS, TTT, LaCT, LinearAttention, check_chunks_of, check_mixers
 from sharding.context import ContextConfig, check_context, zigzag_permutation
 from sharding.context.checks import TWO_LEVEL, check_names
 from sharding.rules import constrain
@@ -128,6 +128,7 @@ class DecoderConfig:
                 f"tokens of a device (source.seq_len={length} over mesh.ring={ring} * "
                 f"mesh.context={context})"
             )
+        check_chunks_of(self, length, ring * context)
         if c.layout == "contiguous":
             return None
         others = sorted(set(self.pattern) - {"attention"})

@@ -15,6 +15,7 @@ from jaxlab.ttt import FastWeights, InnerConfig, PackedState, packed_state, ttt,
 from models.cache import NOWHERE, RingCache
 from models.layers import ATTENTION, RMSNorm, SequenceLayer, constant, linear, weight
 from models.ttt import places_of
+from sharding.context.ttt import context_ttt
 from sharding.rules import constrain
 
 
@@ -153,13 +154,16 @@ class LaCTLayer(SequenceLayer):
             mu = jax.nn.sigmoid(self._gate("momentum", x, (h,)))
         fw = self._initial()
         self.sow("intermediates", "learnt", (k, v, fw, rates, mu))
-        if state is None and segment_ids is None:
+        places = None
+        if state is not None or segment_ids is not None:
+            places, seen = places_of(x, segment_ids, None if state is None else state.seen)
+        if state is not None:
+            y, after = ttt_packed(q, k, v, fw, rates, mu, inner, places, state.fast)
+            state = state._replace(fast=after, seen=seen)
+        elif self.is_initializing() and places is None:  # of one row, which no mesh divides
             y = ttt(q, k, v, fw, rates, mu, inner, return_state=False)[0]
         else:
-            places, seen = places_of(x, segment_ids, None if state is None else state.seen)
-            before = None if state is None else state.fast
-            y, after = ttt_packed(q, k, v, fw, rates, mu, inner, places, before)
-            state = None if state is None else state._replace(fast=after, seen=seen)
+            y = context_ttt(q, k, v, fw, rates, mu, inner, places=places)
         y = RMSNorm(1e-5, self.param_dtype, name="ttt_norm")(y)
         if self.learnable_scale:
             y = y * jax.nn.silu(self._gate("scale", x, (h,)))[..., None].astype(y.dtype)

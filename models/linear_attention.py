@@ -88,9 +88,10 @@ class LinearAttentionLayer(SequenceLayer):
             gates["beta"] = jax.nn.sigmoid(gate("beta", (h,), 0.0))
         q = constrain(q, "batch", "length", "act_heads", None)
         if state is None and not self.is_initializing():
-            out = context_recurrence(
-                kind.method, q, key, v, **gates, segment_ids=segment_ids, chunk_size=self.chunk_size
-            )
+            out, _ = context_recurrence(
+                kind.method, q, key, v, **gates, segment_ids=segment_ids,
+                chunk_size=self.chunk_size, return_state=False,
+            )  # fmt: skip
         else:  # one device's length: of a state, or of the row with which parameters are made
             if segment_ids is not None:  # padding neither writes nor decays
                 real = segment_ids != 0

@@ -9,6 +9,7 @@ from models.lact import LaCTLayer
 from models.layers import Attention
 from models.linear_attention import KINDS, LinearAttentionLayer
 from models.ttt import TTTLayer
+from sharding.context.ttt import check_chunks
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,3 +103,12 @@ def check_mixers(config) -> None:
             f"model.lact.inner.visibility={inner.visibility!r} and steps={inner.steps}: a language "
             "model needs 'exclusive' and 1"
         )
+
+
+def check_chunks_of(config, length: int, shards: int) -> None:
+    """ValueError, naming the field, unless rows of `length` tokens on `shards` devices suit the mixers."""
+    if "lact" in config.pattern and shards > 1:
+        try:
+            check_chunks(length, shards, config.lact.inner.chunk_size, spread=True)
+        except ValueError as error:
+            raise ValueError(f"model.lact.inner: {error}") from None

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType
 
+from jaxlab import linear_attention as la
 from jaxlab.ttt import LADDER, FastWeights, InnerConfig, ttt
 from sharding.context import context_recurrence, context_ttt
 from sharding.context.linear import RECURRENCES
@@ -74,7 +75,62 @@ def test_recurrences_are_those_of_one_device(method, documents):
         run, _ = RECURRENCES[method]
         want = outputs_and_gradients(lambda args: run(**args, **how, impl="recurrent")[0], args)
         sharded = functools.partial(context_recurrence, method, mesh=mesh_of(MESHES[mesh]), **how)
-        assert_close(outputs_and_gradients(lambda args: sharded(**args), args), want, 1e-11)
+        assert_close(outputs_and_gradients(lambda args: sharded(**args)[0], args), want, 1e-11)
+
+
+FORMS = {
+    "all": (("log_decay", "momentum", "rate_in", "rate_out"), "SM", {}),
+    "exclusive": (("log_decay", "momentum", "rate_out"), "SM", {"visibility": "exclusive"}),
+    "exclusive, no momentum": (("log_decay", "rate_in", "rate_out"), "S", {"visibility": "exclusive"}),
+    "lone buffer": (("rate_out",), "SM", {"scale": 1.0, "impl": "scan"}),
+    "normalised": (("log_decay",), "Sz", {"feature_map": "softplus", "normalize": True}),
+    "gla": (("log_decay",), "S", {}),
+    "delta_rule": (("beta",), "S", {}),
+    "kda": (("log_decay", "beta"), "S", {"scale": 0.5}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("documents", [pytest.param(False, marks=pytest.mark.slow), True])
+@pytest.mark.parametrize("form", some(FORMS, ("exclusive", "kda")))
+def test_every_option_is_sharded_with_its_states(form, documents):
+    """Outputs, final states and all gradients in float64, initial states and M among the inputs."""
+    gates, states, how = FORMS[form]
+    method = form if form in RECURRENCES else "linear_attention"
+    with jax.enable_x64(True):
+        args = inputs("kda" if "beta" in gates else "linear_attention", 24)
+        args = {n: args[n] for n in "qkv"} | (
+            inputs(method, 24) if method != "linear_attention" else {}
+        )
+        keys = dict(
+            zip(
+                ("momentum", "rate_in", "rate_out", "log_decay", *"SMz"),
+                jax.random.split(jax.random.key(9), 7),
+                strict=True,
+            )
+        )
+        for name in gates:
+            if name not in args:
+                drawn = jax.random.uniform(keys[name], (2, 24, 2), minval=0.1)
+                args[name] = -drawn if name == "log_decay" else drawn
+        args["start"] = {
+            n: jax.random.uniform(keys[n], (2, 2, 4) if n == "z" else (2, 2, 4, 4)) for n in states
+        }
+        args = jax.tree.map(lambda x: x.astype(jnp.float64), args)
+        ids = np.stack([np.repeat([1, 2, 3, 4], n) for n in ((5, 1, 7, 11), (12, 3, 1, 8))])
+        how = how | {"segment_ids": jnp.asarray(ids) if documents else None, "chunk_size": 2}
+
+        def call(fn, args, **more):
+            args = dict(args)
+            state = la.LinAttnState(**args.pop("start"))
+            out, after = fn(**args, initial_state=state, **(how | more))
+            return jnp.concatenate([x.ravel() for x in (out, *after) if x is not None])
+
+        run, _ = RECURRENCES[method]
+        want = outputs_and_gradients(lambda args: call(run, args, impl="recurrent"), args)
+        sharded = functools.partial(
+            context_recurrence, method, mesh=mesh_of(MESHES["ring 2, context 4"])
+        )
+        assert_close(outputs_and_gradients(lambda args: call(sharded, args), args), want, 1e-11)
 
 
 def test_a_linear_recurrence_needs_no_decay_and_keeps_types():
@@ -82,13 +138,13 @@ def test_a_linear_recurrence_needs_no_decay_and_keeps_types():
     args.pop("log_decay")
     args = jax.tree.map(lambda x: x.astype(jnp.bfloat16), args)
     want = RECURRENCES["linear_attention"][0](**args)[0]
-    got = context_recurrence("linear_attention", **args, mesh=mesh_of({"context": 4}))
+    got, _ = context_recurrence("linear_attention", **args, mesh=mesh_of({"context": 4}))
     assert got.dtype == jnp.bfloat16
     np.testing.assert_allclose(np.float32(got), np.float32(want), atol=2e-2)
     with jax.set_mesh(mesh_of({"context": 4})):
-        again = jax.jit(functools.partial(context_recurrence, "linear_attention"))(**args)
+        again = jax.jit(functools.partial(context_recurrence, "linear_attention"))(**args)[0]
     np.testing.assert_array_equal(np.float32(again), np.float32(got))
-    alone = context_recurrence("linear_attention", **args)
+    alone = context_recurrence("linear_attention", **args)[0]
     np.testing.assert_array_equal(np.float32(alone), np.float32(want))
 
 
@@ -127,7 +183,7 @@ CONFIGS = {
 MESH_OF = {"base": "ring 2, context 4", "V2": "context 8"}
 
 
-@pytest.mark.parametrize("name", some(CONFIGS, ("base", "V2")))
+@pytest.mark.parametrize("name", some(CONFIGS, ("base", "V1p", "V2")))
 def test_ttt_is_that_of_one_device(name):
     cfg, mesh = CONFIGS[name], mesh_of(MESHES[MESH_OF.get(name, "data 2, context 2, tensor 2")])
     with jax.enable_x64(True):
@@ -145,13 +201,31 @@ def moved_bytes(fn, args):
 
 
 @pytest.mark.parametrize(
-    "name", some([*RECURRENCES, "V2", "V6"], ("linear_attention", "gated_delta_rule", "V2"))
+    "name",
+    some(
+        [*RECURRENCES, "momentum", "V1p", "V2", "V6"], ("gated_delta_rule", "momentum", "V1p", "V2")
+    ),
 )
 def test_what_is_sent_does_not_depend_on_the_length(name):
     mesh = mesh_of(MESHES["context 8"])
     if name in RECURRENCES:
-        sharded = functools.partial(context_recurrence, name, mesh=mesh)
+        sharded = lambda **args: context_recurrence(name, **args, mesh=mesh)[0]  # noqa: E731
         short, long = (inputs(name, t) for t in (64, 256))
+    elif name == "momentum":
+        run = functools.partial(context_recurrence, "linear_attention", mesh=mesh)
+
+        def sharded(**args):
+            return jnp.concatenate([x.ravel() for x in jax.tree.leaves(run(**args))])
+
+        short, long = (
+            inputs("linear_attention", t)
+            | {
+                "momentum": jnp.ones((2, t, 2)),
+                "rate_out": jnp.ones((2, t, 2)),
+                "segment_ids": jnp.ones((2, t)),
+            }
+            for t in (64, 256)
+        )
     else:
         sharded = functools.partial(context_ttt, cfg=SMALL[name], mesh=mesh)
         short, long = (ttt_inputs(SMALL[name], t) for t in (64, 256))
@@ -180,7 +254,7 @@ def test_what_cannot_be_sharded_says_why():
         cfg = dataclasses.replace(SMALL[name], **changes)
         return lambda: context_ttt(**ttt_inputs(cfg, t), cfg=cfg, mesh=mesh)
 
-    assert context_recurrence("linear_attention", *qkv(0), mesh=mesh).shape == (1, 0, 1, 2)
+    assert context_recurrence("linear_attention", *qkv(0), mesh=mesh)[0].shape == (1, 0, 1, 2)
     for call, message in (
         (lambda: context_recurrence("rnn", *qkv(8), mesh=mesh), "method='rnn' must be one of"),
         (lambda: context_recurrence("gla", *qkv(8), mesh=mesh), "log_decay is wrong"),

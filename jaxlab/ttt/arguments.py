@@ -40,6 +40,14 @@ def check_gate(name: str, x, per_token: tuple[int, ...], wide, *more: tuple[int,
     return jnp.asarray(x).astype(wide)
 
 
+def check_rates(name: str, x, per_token: tuple[int, ...], wide):
+    """Rates per token, one for all matrices or one each, as [*per_token, 3] of type `wide`, or None."""
+    x = check_gate(name, x, per_token, wide, (*per_token, 3))
+    if x is None or x.ndim > len(per_token):
+        return x
+    return jnp.broadcast_to(x[..., None], (*per_token, 3))
+
+
 def batched(name: str, x, shape: tuple[int, ...], batch: int, wide) -> jax.Array:
     """Weight `x` of `shape`, which may lack its batch axis, as an array [batch, *shape].
 

@@ -6,7 +6,7 @@ from einops import rearrange
 from jaxtyping import Array, Float
 
 from jaxlab.masks import wide_type
-from jaxlab.ttt.arguments import batched_weights, check_gate, check_tokens
+from jaxlab.ttt.arguments import batched_weights, check_gate, check_rates, check_tokens
 from jaxlab.ttt.causal import token_causal, why_not_token
 from jaxlab.ttt.config import FastWeights, InnerConfig, check_choice
 from jaxlab.ttt.net import minus_grads, read
@@ -139,7 +139,7 @@ def ttt(
     """
     q, k, v = check_tokens(q, k, v, "B T H Dk")
     (b, t, h, dk), dv, wide, out_type = q.shape, v.shape[-1], wide_type(v), v.dtype
-    rates = check_gate("rates", rates, (b, t, h), wide, (b, t, h, 3)) if cfg.token_rates else None
+    rates = check_rates("rates", rates, (b, t, h), wide) if cfg.token_rates else None
     momentum = check_gate("momentum", momentum, (b, t, h), wide) if cfg.momentum else None
     impl = _choose(impl, cfg, momentum is not None)
     if isinstance(fw, TTTState):
@@ -151,8 +151,6 @@ def ttt(
         return jnp.zeros((b, 0, h, dv), out_type), given if return_state else None
 
     q, k, v = (x.astype(wide) for x in (k if cfg.query == "k" else q, k, v))
-    if rates is not None and rates.ndim == 3:
-        rates = jnp.broadcast_to(rates[..., None], (b, t, h, 3))
     tokens = (q, k, v, rates, momentum)
     if cfg.visibility == "token":
         out, state = token_causal(impl, cfg, state, *tokens)
@@ -209,14 +207,12 @@ def ttt_step(
         )
     q, k, v = check_tokens(q, k, v, "B H Dk")
     (b, h, dk), dv, wide, out_type = q.shape, v.shape[-1], wide_type(v), v.dtype
-    rate = check_gate("rate", rate, (b, h), wide, (b, h, 3)) if cfg.token_rates else None
+    rate = check_rates("rate", rate, (b, h), wide) if cfg.token_rates else None
     mu = check_gate("mu", mu, (b, h), wide) if cfg.momentum else None
     kept = state
     state = _check_state(state, cfg, b, h, dk, dv, wide)
     q, k, v = (x.astype(wide)[:, :, None] for x in (k if cfg.query == "k" else q, k, v))
-    if rate is not None:
-        rate = rate[..., None] if rate.ndim == 2 else rate
-        rate = jnp.broadcast_to(rate, (b, h, 3))[:, :, None]
+    rate = None if rate is None else rate[:, :, None]
     count = state.count
     state = jax.tree.map(lambda x: vary_like(x, q, k, v, rate, mu, state), state)
     state = state._replace(count=count)

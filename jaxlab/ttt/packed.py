@@ -7,6 +7,7 @@ of weights serve all tokens: before the end, after it, and the initial ones. Doc
 they would alone, and any cut of a run into pieces, down to single tokens, gives the same numbers.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -15,7 +16,7 @@ from einops import rearrange
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxlab.masks import wide_type
-from jaxlab.ttt.arguments import batched_weights, check_gate, check_shape, check_tokens
+from jaxlab.ttt.arguments import batched_weights, check_gate, check_rates, check_shape, check_tokens
 from jaxlab.ttt.config import FastWeights, InnerConfig
 from jaxlab.ttt.net import minus_grads, read
 from jaxlab.ttt.state import Matrices, Moving, moving_part, state_of, take_step
@@ -111,19 +112,29 @@ def packed_state(
     return PackedState(zeros, zeros.read, jnp.zeros((batch, heads), dtype))
 
 
-def _window(cfg: InnerConfig, initial: FastWeights, norms, state: PackedState, window):
-    """(state, out [b, h, c, v]) after a window of places and (q, k, v, rates, gates)."""
-    places, (q, k, v, rates, gates) = window
-    r = roles_of(places, cfg.chunk_size)
+def packed_window(
+    cfg: InnerConfig,
+    initial: FastWeights,
+    norms,
+    state: PackedState,
+    r: Roles,
+    tokens,
+    total: Callable = lambda sums: sums,
+):
+    """(state, out [b, h, c, v]) after a window of tokens (q, k, v, rates, gates) with roles `r`.
+
+    `total` sums over the devices that share the window's tokens.
+    """
+    q, k, v, rates, gates = tokens
     mask = lambda chosen: chosen[:, None, :, None].astype(v.dtype)  # noqa: E731
 
     def gradient(moving: Moving, chosen):
         fw = initial._replace(**moving.read)
         weights = mask(chosen) * (jnp.ones((1, 1, 1, 3), v.dtype) if rates is None else rates)
-        return minus_grads(cfg.net, cfg.loss, cfg.moving, fw, k, v, weights)
+        return total(minus_grads(cfg.net, cfg.loss, cfg.moving, fw, k, v, weights))
 
     def gate_of(chosen):
-        return 0.0 if gates is None else jnp.sum(gates * mask(chosen)[..., 0], -1)
+        return 0.0 if gates is None else total(jnp.sum(gates * mask(chosen)[..., 0], -1))
 
     opened = jax.tree.map(jnp.add, state.grads, gradient(state.moving, r.before))
     gate = state.gate + gate_of(r.before)
@@ -148,6 +159,15 @@ def _window(cfg: InnerConfig, initial: FastWeights, norms, state: PackedState, w
     return PackedState(base, grads, gate + gate_of(again)), sum(outs)
 
 
+def check_packed(cfg: InnerConfig) -> None:
+    """ValueError for a configuration whose documents cannot be packed."""
+    if cfg.visibility != "exclusive" or cfg.steps > 1:
+        raise ValueError(
+            "packed documents need visibility='exclusive' and steps=1; "
+            f"got {cfg.visibility!r} and {cfg.steps}"
+        )
+
+
 def ttt_packed(
     q: Float[Array, "b t h k"],
     k: Float[Array, "b t h k"],
@@ -166,16 +186,10 @@ def ttt_packed(
     that do not fit, and unless visibility="exclusive" and steps=1. Costs up to 2.3 times `ttt`.
     Source: 2602.21204, sections 3 and 5.
     """
-    if cfg.visibility != "exclusive" or cfg.steps > 1:
-        raise ValueError(
-            "packed documents need visibility='exclusive' and steps=1; "
-            f"got {cfg.visibility!r} and {cfg.steps}"
-        )
+    check_packed(cfg)
     q, k, v = check_tokens(q, k, v, "B T H Dk")
     (b, t, h, dk), dv, wide, out_type = q.shape, v.shape[-1], wide_type(v), v.dtype
-    rates = check_gate("rates", rates, (b, t, h), wide, (b, t, h, 3)) if cfg.token_rates else None
-    if rates is not None and rates.ndim == 3:
-        rates = jnp.broadcast_to(rates[..., None], (b, t, h, 3))
+    rates = check_rates("rates", rates, (b, t, h), wide) if cfg.token_rates else None
     momentum = check_gate("momentum", momentum, (b, t, h), wide) if cfg.momentum else None
     check_shape("places", places, (b, t))
     initial = batched_weights(fw, cfg.net, b, h, dk, dv, wide)
@@ -190,7 +204,8 @@ def ttt_packed(
     state = jax.tree.map(lambda x: vary_like(x.astype(wide), tokens, initial, given), given)
 
     def body(state, window):
-        return _window(cfg, initial, norms, state, window)
+        places, tokens = window
+        return packed_window(cfg, initial, norms, state, roles_of(places, cfg.chunk_size), tokens)
 
     state, out = jax.lax.scan(jax.checkpoint(body, prevent_cse=False), state, (places, tokens))
     out = rearrange(out, "n b h c v -> b (n c) h v")[:, :t].astype(out_type)

@@ -6,9 +6,12 @@ sum ("pre") the sum is the state, and normalising belongs to the read-out. `affi
 squared error, where a chunk maps the state by a matrix. Sources: 2602.21204, sections 4 and 5.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
+from jaxlab.affine import compose
 from jaxlab.ttt.config import InnerConfig
 from jaxlab.ttt.net import features, outer_sum
 from jaxlab.ttt.state import Chunk, Moving, TTTState, orthogonal, renormalise
@@ -44,12 +47,8 @@ def _momentum(gates, grads, entry):
 
     No division by products of gates, which vanish: pairs (a, x) of the map D -> a D + x compose.
     """
-    gates = gates[..., None, None]
-
-    def compose(left, right):
-        return left[0] * right[0], right[0] * left[1] + right[1]
-
-    a, x = jax.lax.associative_scan(compose, (gates, grads))
+    scan = functools.partial(compose, jnp.multiply)
+    a, x = jax.lax.associative_scan(scan, (gates[..., None, None], grads))
     return a * entry + x
 
 
@@ -101,11 +100,8 @@ def affine(
         power, total = one, add
         for _ in range(cfg.steps - 1):
             power, total = one @ power, one @ total + add
-
-        def compose(left, right):
-            return right[0] @ left[0], right[0] @ left[1] + right[1]
-
-        power, total = jax.lax.associative_scan(compose, (power, total))
+        scan = functools.partial(compose, jnp.matmul)
+        power, total = jax.lax.associative_scan(scan, (power, total))
         return jnp.concatenate([start[None], power @ start + total])
 
     weights = entry_weights(chunks.k, chunks.v, chunks.rates, moving.read["w1"])

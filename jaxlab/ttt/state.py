@@ -1,5 +1,6 @@
 """What a run carries from chunk to chunk, and the one step that learns from a chunk."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -136,13 +137,22 @@ def take_step(
     return Moving(read, total if cfg.weight_norm == "pre" else None, delta)
 
 
-def learn(cfg: InnerConfig, state: TTTState, moving: Moving, chunk: Chunk) -> Moving:
-    """`cfg.steps` inner steps on a chunk, each from the weights that the step before left."""
+def learn(
+    cfg: InnerConfig,
+    state: TTTState,
+    moving: Moving,
+    chunk: Chunk,
+    total: Callable = lambda grads: grads,
+) -> Moving:
+    """`cfg.steps` inner steps on a chunk, each from the weights that the step before left.
+
+    `total` sums gradients over the devices that share the chunk's tokens.
+    """
 
     def step(moving: Moving, _):
         fw = state.fw._replace(**moving.read)
         grads = minus_grads(cfg.net, cfg.loss, cfg.moving, fw, chunk.k, chunk.v, chunk.rates)
-        return take_step(cfg, state.norms, moving, grads, chunk.gate), None
+        return take_step(cfg, state.norms, moving, total(grads), chunk.gate), None
 
     if cfg.steps == 1:
         return step(moving, None)[0]

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import jax
 from jax.sharding import PartitionSpec as P
 
+from jaxlab.linear_attention import LinAttnState
 from jaxlab.ttt import FastWeights
 from sharding.context.checks import current_mesh
 from sharding.context.zigzag import nearest_multiples
@@ -24,17 +25,27 @@ class Place(NamedTuple):
         """Devices along `axes`."""
         return math.prod(self.mesh.shape[axis] for axis in axes)
 
-    def shard(self, body: Callable, *args: Any) -> jax.Array:
-        """`body` on every device, of arrays [b, t, h, ...], [b, t] or FastWeights."""
-        tokens = P(self.rows, self.tokens, self.heads)
+    def shard(self, body: Callable, *args: Any, state: bool = False) -> Any:
+        """`body` on every device, of trees of arrays [b, t, h, ...] or [b, t], and of states.
+
+        FastWeights and LinAttnState are whole on every shard of the tokens. The result is an array
+        [b, t, h, ...] or, with `state`, a pair of it and a LinAttnState or None.
+        """
+        tokens, whole = P(self.rows, self.tokens, self.heads), (self.rows, self.heads)
 
         def spec(x):
             if isinstance(x, FastWeights):
-                whole = (self.rows, self.heads)
                 return jax.tree.map(lambda w: P(*whole[4 - w.ndim :]), x)
-            return None if x is None else P(*tokens[: min(x.ndim, 3)])
+            if isinstance(x, LinAttnState):
+                return P(*whole)
+            return jax.tree.map(lambda a: P(*tokens[: min(a.ndim, 3)]), x)
 
-        run = jax.shard_map(body, mesh=self.mesh, in_specs=tuple(map(spec, args)), out_specs=tokens)
+        run = jax.shard_map(
+            body,
+            mesh=self.mesh,
+            in_specs=tuple(map(spec, args)),
+            out_specs=(tokens, P(*whole)) if state else tokens,
+        )
         return run(*args)
 
 

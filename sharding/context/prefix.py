@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from jaxlab.affine import compose
 from jaxlab.varying import vary_like
 
 AxisName = str | tuple[str, ...]
@@ -37,15 +38,10 @@ def prefix_state_exchange(
     while hop < n:
         moves = [(i, i + hop) for i in range(n - hop)]
         received = tuple(jax.lax.ppermute(x, axis_name, moves) for x in through)
-        before = received if before is None else _after(times, before, received)
-        through = _after(times, through, received)
+        before = received if before is None else compose(times, received, before)
+        through = compose(times, received, through)
         hop *= 2
     return vary_like(jnp.zeros_like(b), b) if before is None else before[1].astype(b.dtype)
-
-
-def _after(times, second, first):
-    """The pair of the map `first`, then `second`."""
-    return times(second[0], first[0]), times(second[0], first[1]) + second[1]
 
 
 def _matmul(x, y):
