@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from einops import rearrange
 from jaxtyping import Array, Float
 
-from jaxlab.masks import wide_type
+from jaxlab.arguments import wide_type
 from jaxlab.ttt import FastWeights, InnerConfig, ttt
 from jaxlab.ttt.arguments import batched_weights, check_gate, check_tokens
 from jaxlab.ttt.net import features, minus_grads, read
