@@ -12,8 +12,9 @@ from einops import rearrange
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
+from jaxlab.arguments import wide_type
 from jaxlab.blockwise import attend_in_blocks, default_block
-from jaxlab.masks import Rule, allowed_pairs, check_attention, group_heads, logits, wide_type
+from jaxlab.masks import Rule, allowed_pairs, check_attention, group_heads, logits
 from jaxlab.rope import apply_rope
 from jaxlab.varying import vary_like
 

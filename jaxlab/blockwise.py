@@ -14,8 +14,9 @@ from einops import rearrange
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float
 
+from jaxlab.arguments import wide_type
 from jaxlab.loops import loop_at_most
-from jaxlab.masks import Mask, Rule, allowed_pairs, logits, wide_type
+from jaxlab.masks import Mask, Rule, allowed_pairs, logits
 from jaxlab.varying import vary_like
 
 

@@ -8,10 +8,11 @@ where i and j are positions. Source: papers' note on UPipe, section 9.1.
 import functools
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 from einops import rearrange
 from jaxtyping import Array, Bool, Float, Int
+
+from jaxlab.arguments import wide_type
 
 
 class Rule(NamedTuple):
@@ -102,11 +103,6 @@ def allowed_pairs(
     if qs is not None and ks is not None:
         tests.append(qs[:, :, None] == ks[:, None, :])
     return functools.reduce(jnp.logical_and, tests)[:, None, None] if tests else None
-
-
-def wide_type(x: jax.Array) -> jnp.dtype:
-    """Type of logits and accumulators: float32, float64 when the input is."""
-    return jnp.promote_types(x.dtype, jnp.float32)
 
 
 def group_heads(q: Float[Array, "b t h k"], kv_heads: int) -> Float[Array, "b hk g t k"]:

@@ -1,24 +1,18 @@
 """What the functions of this package demand of their arguments: ValueError and TypeError by name."""
 
-import numbers
-from collections.abc import Iterable
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxlab import arguments
+from jaxlab.arguments import check_choice, wide
+
 PRIORS = ("uniform", "masked")
 HOST = (int, float, np.ndarray, np.generic)
 
-
-def floating_type(*arrays) -> jnp.dtype:
-    """Type to compute in: that of the arrays together, at least float32; numbers take it as it is."""
-    return jnp.promote_types(jnp.result_type(*arrays), jnp.float32)
-
-
-def wide(x) -> jax.Array:
-    """`x` as a floating array of at least float32."""
-    return jnp.asarray(x).astype(floating_type(x))
+check_count = functools.partial(arguments.check_count, wrong_type=TypeError)
 
 
 def level_part(x):
@@ -30,22 +24,6 @@ def per_token(x, dtype, extra: int = 0) -> jax.Array:
     """A level in `dtype`, with `extra` axes at its end for the vocabulary or the k."""
     x = jnp.asarray(x, dtype)
     return x.reshape(x.shape + (1,) * extra)
-
-
-def check_count(name: str, value, least: int, most: int | None = None) -> None:
-    """TypeError unless an integer, ValueError unless within bounds."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
-        raise TypeError(f"{name}={value!r} must be an integer")
-    value = int(value)
-    if value < least or (most is not None and value > most):
-        allowed = f"at least {least}" if most is None else f"from {least} to {most}"
-        raise ValueError(f"{name}={value} must be {allowed}")
-
-
-def check_choice(name: str, value, allowed: Iterable[str]) -> None:
-    """ValueError unless `value` is among `allowed`."""
-    if value not in tuple(allowed):
-        raise ValueError(f"{name}={value!r} must be one of {', '.join(allowed)}")
 
 
 def check_range(name: str, value, low: float, high: float, *, open_low: bool = False) -> None:
@@ -72,7 +50,7 @@ def check_alphas(alpha_s, alpha_t) -> None:
 
 def check_prior(prior: str, mask_id: int | None, vocab: int) -> None:
     """ValueError unless the prior is known, the vocabulary holds 2 and the mask fits both."""
-    check_choice("prior", prior, PRIORS)
+    check_choice("prior", prior, *PRIORS)
     least = 2 if prior == "uniform" else 3  # the mask is one more
     if vocab < least:
         raise ValueError(f"a vocabulary of {vocab} must be at least {least} with prior={prior!r}")

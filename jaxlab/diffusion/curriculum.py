@@ -14,15 +14,8 @@ import jax.numpy as jnp
 from jax.scipy.special import log_ndtr, ndtri
 from jaxtyping import Array, Float, Int, Key
 
-from jaxlab.diffusion.arguments import (
-    check_choice,
-    check_count,
-    check_range,
-    floating_type,
-    floats,
-    per_token,
-    tokens,
-)  # fmt: skip
+from jaxlab.arguments import check_choice, wide_type
+from jaxlab.diffusion.arguments import check_count, check_range, floats, per_token, tokens
 
 RULES = ("exact", "release")
 Number = float | Float[Array, "#*b"]
@@ -82,7 +75,7 @@ def log_mean_exp_truncated(c: Number, sigma: Number, tau: Number) -> Float[Array
     """
     check_range("sigma", sigma, 0, math.inf, open_low=True)
     check_range("tau", tau, 0, math.inf, open_low=True)
-    dtype = floating_type(c, sigma, tau, 1.0)
+    dtype = wide_type(c, sigma, tau, 1.0)
     c, sigma, tau = (jnp.asarray(x, dtype) for x in (c, sigma, tau))
     return c / tau + _log_tail(c / sigma, sigma / tau)
 
@@ -178,7 +171,7 @@ def sparse_from_draws(
     is among the k largest, which is too often. ids and z int32; weights float32 (float64 if uniforms
     are). ValueError for k, K, levels or shapes out of range. Source: section 6.1 of the note.
     """
-    check_choice("argmax_rule", argmax_rule, RULES)
+    check_choice("argmax_rule", argmax_rule, *RULES)
     uniforms, x0 = floats("uniforms", uniforms), tokens("x0", x0)
     k, dtype = uniforms.shape[-1], uniforms.dtype
     _check_k(k, K)
@@ -214,7 +207,7 @@ def sparse_relaxation(
 ) -> tuple[Int[Array, "b t k"], Float[Array, "b t k"], Int[Array, "b t"]]:
     """`sparse_from_draws` of draws from `key`. Meant for tau up to about 0.02: above, the k are few."""
     _check_k(k, K)
-    x0, dtype = tokens("x0", x0), floating_type(alpha, sigma, 1.0)
+    x0, dtype = tokens("x0", x0), wide_type(alpha, sigma, 1.0)
     first, second, third = jax.random.split(key, 3)
     uniforms = 1 - jax.random.uniform(first, (*x0.shape, k), dtype)
     normals = jax.random.normal(second, x0.shape, dtype)
@@ -250,7 +243,7 @@ def dense_relaxation(
     """`dense_from_noise` of K normal draws a token from `key`: the slow, obvious relaxation."""
     check_count("K", K, 2)
     x0 = tokens("x0", x0)
-    noise = jax.random.normal(key, (*x0.shape, K), floating_type(alpha, sigma, 1.0))
+    noise = jax.random.normal(key, (*x0.shape, K), wide_type(alpha, sigma, 1.0))
     return dense_from_noise(noise, x0, alpha, sigma, tau)
 
 
@@ -268,7 +261,7 @@ def mix_embeddings(
             raise ValueError("weights must be None with floating-point x")
         if x.ndim < 1 or x.shape[-1] != table.shape[0]:
             raise ValueError(f"x has shape {x.shape}; its last axis must be {table.shape[0]}")
-        return jax.nn.softmax(x.astype(floating_type(x, table)), -1) @ table
+        return jax.nn.softmax(x.astype(wide_type(x, table)), -1) @ table
     x = tokens("x", x)
     if weights is None:
         if x.ndim > 2:
@@ -287,7 +280,7 @@ def log10_tau(step, start: float, end: float, start_step, end_step) -> Float[Arr
     """
     if all(isinstance(x, numbers.Number) for x in (start_step, end_step)) and end_step < start_step:
         raise ValueError(f"end_step={end_step} must be at least start_step={start_step}")
-    dtype = floating_type(start, end, 1.0)
+    dtype = wide_type(start, end, 1.0)
     step, first, last = (jnp.asarray(x, dtype) for x in (step, start_step, end_step))
     gone = (step - first) / jnp.where(last > first, last - first, 1)
     gone = jnp.where(step >= last, 1, jnp.clip(gone, 0, 1))

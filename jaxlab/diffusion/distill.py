@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
-from jaxlab.diffusion.arguments import check_choice, check_count, floating_type, floats, tokens
+from jaxlab.arguments import check_choice, wide_type
+from jaxlab.diffusion.arguments import check_count, floats, tokens
 from jaxlab.diffusion.curriculum import noisy_one_hot
 
 Number = float | Float[Array, "#*b"]
@@ -39,7 +40,7 @@ def dcd_pair(
     """`dcd_pair_from_noise` of K normal draws a token from `key`. ValueError for K below 2."""
     check_count("K", K, 2)
     x0 = tokens("x0", x0)
-    noise = jax.random.normal(key, (*x0.shape, K), floating_type(gamma_t, gamma_s, 1.0))
+    noise = jax.random.normal(key, (*x0.shape, K), wide_type(gamma_t, gamma_s, 1.0))
     return dcd_pair_from_noise(noise, x0, gamma_t, gamma_s)
 
 
@@ -54,7 +55,7 @@ def dcd_delta(
     check_count("every", every, 1)
     if isinstance(step, int):
         return 2.0 ** (step // every) / T
-    return jnp.ldexp(jnp.ones((), floating_type(1.0)), tokens("step", step) // every) / T
+    return jnp.ldexp(jnp.ones((), wide_type(1.0)), tokens("step", step) // every) / T
 
 
 def dcd_loss(
@@ -67,7 +68,7 @@ def dcd_loss(
     float32 (float64 if the student's logits are). No gradient is stopped. ValueError for different
     shapes or an unknown direction.
     """
-    check_choice("direction", direction, DIRECTIONS)
+    check_choice("direction", direction, *DIRECTIONS)
     student, teacher = (
         floats("student_logits", student_logits),
         floats("teacher_logits", teacher_logits),

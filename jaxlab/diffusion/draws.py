@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
-from jaxlab.diffusion.arguments import check_range, floats, wide
+from jaxlab.arguments import wide
+from jaxlab.diffusion.arguments import check_range, floats
 
 BLOCK = 256
 

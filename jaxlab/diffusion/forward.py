@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
+from jaxlab.arguments import check_choice, wide
 from jaxlab.diffusion.arguments import (
     PRIORS,
-    check_choice,
     check_count,
     check_mask_id,
     check_prior,
@@ -17,8 +17,7 @@ from jaxlab.diffusion.arguments import (
     floats,
     per_token,
     tokens,
-    wide,
-)  # fmt: skip
+)
 from jaxlab.diffusion.schedules import Level
 
 
@@ -65,7 +64,7 @@ def q_sample(
     of `level` broadcast against x0. TypeError unless x0 holds integers; ValueError as in `q_probs`.
     """
     x0 = tokens("x0", x0)
-    check_choice("prior", prior, PRIORS)
+    check_choice("prior", prior, *PRIORS)
     if prior == "masked":
         # Without K the size of the vocabulary is not known: any token may be the mask.
         check_mask_id(mask_id, None if K is None else K + 1)

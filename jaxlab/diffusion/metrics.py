@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxlab.diffusion.arguments import check_count, floating_type
+from jaxlab.arguments import wide_type
+from jaxlab.diffusion.arguments import check_count
 from jaxlab.diffusion.arguments import tokens as as_tokens
 
 
@@ -26,7 +27,7 @@ def unigram_entropy(tokens: Int[Array, "b t"], K: int) -> Float[Array, "b"]:
     check_count("K", K, 2)
     tokens = _two_axes(tokens)
     one_row = lambda row: jnp.zeros(K, jnp.int32).at[row].add(1)  # noqa: E731
-    share = jax.vmap(one_row)(tokens).astype(floating_type(1.0)) / tokens.shape[1]
+    share = jax.vmap(one_row)(tokens).astype(wide_type(1.0)) / tokens.shape[1]
     return -jnp.sum(jax.scipy.special.xlogy(share, share), -1)
 
 

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from jaxlab.diffusion.arguments import check_choice, check_count, wide
+from jaxlab.arguments import check_choice, wide
+from jaxlab.diffusion.arguments import check_count
 from jaxlab.diffusion.schedules import Level
 
 KINDS = ("exact", "series", "poly9", "table")
@@ -171,7 +172,7 @@ def make_operator(
     Source: note on Psi-samplers, section 5.1.
     """
     check_count("K", K, 2)
-    check_choice("kind", kind, KINDS)
+    check_choice("kind", kind, *KINDS)
     if not (math.isfinite(gamma_min) and math.isfinite(gamma_max) and gamma_min < gamma_max):
         raise ValueError(f"gamma_min={gamma_min} must be below gamma_max={gamma_max}, both finite")
     width = gamma_max - gamma_min

@@ -12,18 +12,18 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxlab.arguments import wide_type
 from jaxlab.diffusion.arguments import (
     HOST,
     check_alphas,
     check_count,
     check_prior,
     check_range,
-    floating_type,
     floats,
     level_part,
     per_token,
     tokens,
-)  # fmt: skip
+)
 from jaxlab.diffusion.forward import prior_probs
 
 Weights = tuple[Float[Array, "*b"], Float[Array, "*b"], Float[Array, "*b"]]
@@ -159,7 +159,7 @@ def psi_weights(
     and for K below 2. Source: note on Psi-samplers, section 7.2.
     """
     check_count("K", K, 2)
-    dtype = floating_type(p_z)
+    dtype = wide_type(p_z)
     weights = uniform_weights(per_token(p_z, dtype), coef_of(alpha_s, alpha_t, kappa, dtype), K)
     w_x, w_z, w_u = jnp.broadcast_arrays(*weights)
     return w_x, w_z, w_u
@@ -176,7 +176,7 @@ def psi_weights_masked(
     W_z is 0 where masked, W_x elsewhere. Floating type of the levels, at least float32. ValueError as
     in `psi_probs`. Source: note on Psi-samplers, section 7.2.
     """
-    dtype = floating_type(alpha_s, alpha_t, kappa, 1.0)
+    dtype = wide_type(alpha_s, alpha_t, kappa, 1.0)
     return masked_weights(jnp.asarray(is_mask, bool), coef_of(alpha_s, alpha_t, kappa, dtype))
 
 
@@ -211,7 +211,7 @@ def remdm_sigma_to_kappa(
     Where alpha_s = 1 only sigma = 0 is possible, and kappa is 1. ValueError for host values with
     sigma out of [0, 1 - alpha_s]. Source: note on Psi-samplers, section 7.3.
     """
-    dtype = floating_type(sigma, alpha_s, 1.0)
+    dtype = wide_type(sigma, alpha_s, 1.0)
     check_range("alpha_s", alpha_s, 0, 1, open_low=True)
     check_range("sigma", sigma, 0, 1)
     rest = 1 - level_part(alpha_s)
@@ -230,7 +230,7 @@ def kappa_to_remdm_sigma(
     ValueError for host values with kappa out of [0, 1] or alpha_s out of (0, 1].
     Source: note on Psi-samplers, section 7.3.
     """
-    dtype = floating_type(kappa, alpha_s, 1.0)
+    dtype = wide_type(kappa, alpha_s, 1.0)
     check_range("kappa", kappa, 0, 1)
     check_range("alpha_s", alpha_s, 0, 1, open_low=True)
     return jnp.asarray((1 - level_part(kappa)) * (1 - level_part(alpha_s)), dtype)

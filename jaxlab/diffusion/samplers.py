@@ -12,15 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
-from jaxlab.diffusion.arguments import (
-    check_choice,
-    check_count,
-    check_prior,
-    check_range,
-    floating_type,
-    floats,
-    tokens,
-)  # fmt: skip
+from jaxlab.arguments import check_choice, wide_type
+from jaxlab.diffusion.arguments import check_count, check_prior, check_range, floats, tokens
 from jaxlab.diffusion.draws import draw_and_mass, fine_uniform, nucleus, race_categorical
 from jaxlab.diffusion.forward import prior_draw, prior_probs
 from jaxlab.diffusion.losses import subs
@@ -68,8 +61,8 @@ class SamplerConfig:
         check_count("vocab", self.vocab, 2)
         check_count("steps", self.steps, 1)
         check_prior(self.prior, self.mask_id, self.vocab)
-        check_choice("schedule", self.schedule, SCHEDULES)
-        check_choice("removal", self.removal, REMOVALS)
+        check_choice("schedule", self.schedule, *SCHEDULES)
+        check_choice("removal", self.removal, *REMOVALS)
         check_spec(self.psi, self.schedule)
         check_range("nucleus", self.nucleus, 0, 1, open_low=True)
         check_range("eps", self.eps, 0, 1)
@@ -100,7 +93,7 @@ def step_coefs(cfg: SamplerConfig) -> StepCoef:
         "kappa": np.append(kappa[:-1], 1.0),
         "sigma": -np.log(level.alpha) if told else np.zeros_like(level.alpha),
     }
-    return StepCoef(**{name: jnp.asarray(x, floating_type(1.0)) for name, x in rows.items()})
+    return StepCoef(**{name: jnp.asarray(x, wide_type(1.0)) for name, x in rows.items()})
 
 
 def _step_inputs(logits, z, coef: StepCoef, prior, mask_id):

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Key
 
-from jaxlab.diffusion.arguments import check_choice, check_count, floating_type, wide
+from jaxlab.arguments import check_choice, wide, wide_type
+from jaxlab.diffusion.arguments import check_count
 
 
 class Level(NamedTuple):
@@ -56,7 +57,7 @@ def cosine(t: Float[Array, "*b"], eps: float = 1e-3, exact_derivative: bool = Tr
 
 def host_level(t: np.ndarray, schedule: str, eps: float) -> Level:
     """The level at times known on the host, float64 NumPy. ValueError for an unknown schedule."""
-    check_choice("schedule", schedule, SCHEDULES)
+    check_choice("schedule", schedule, *SCHEDULES)
     return SCHEDULES[schedule](np.asarray(t, np.float64), eps, np)
 
 
@@ -72,7 +73,7 @@ def inverse_cosine(alpha: Float[Array, "*b"]) -> Float[Array, "*b"]:
 
 def host_time(alpha: float, schedule: str) -> float:
     """The inverse schedule of a number, in float64. ValueError for an unknown schedule."""
-    check_choice("schedule", schedule, SCHEDULES)
+    check_choice("schedule", schedule, *SCHEDULES)
     return 1 - alpha if schedule == "log-linear" else 1 - 2 / np.pi * float(np.arccos(1 - alpha))
 
 
@@ -101,4 +102,4 @@ def sample_times(
     ValueError unless n is at least 1. Source: note on Psi-samplers, section 2.2.
     """
     check_count("n", n, 1)
-    return times_from_uniforms(jax.random.uniform(key, (n,), floating_type(1.0)), eps, antithetic)
+    return times_from_uniforms(jax.random.uniform(key, (n,), wide_type(1.0)), eps, antithetic)

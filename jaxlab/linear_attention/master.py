@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from jaxlab.arguments import wide_type
 from jaxlab.linear_attention.chunks import (
     AffineChunks,
     affine_chunks,
@@ -30,8 +31,7 @@ from jaxlab.linear_attention.state import (
     check_inputs,
     first_tokens,
     start_state,
-    wide_type,
-)  # fmt: skip
+)
 from jaxlab.linear_attention.triangular import decay_logs, momentum_coefficients
 
 VISIBILITY = ("token", "exclusive")

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from jaxlab.arguments import wide_type
 from jaxlab.linear_attention.chunks import (
     AffineChunks,
     DeltaChunks,
@@ -29,8 +30,7 @@ from jaxlab.linear_attention.state import (
     check_inputs,
     first_tokens,
     start_state,
-    wide_type,
-)  # fmt: skip
+)
 from jaxlab.linear_attention.triangular import (
     decay_logs,
     decayed_products,

@@ -86,11 +86,6 @@ def check_form(q, impl, allowed: tuple[str, ...], chunk_size, segment_ids) -> No
         raise ValueError(f"segment_ids={np.shape(segment_ids)} must be {q.shape[:2]}")
 
 
-def wide_type(v):
-    """The type in which everything is computed: float32, float64 for a float64 v."""
-    return jnp.promote_types(jnp.result_type(v), jnp.float32)
-
-
 def first_tokens(segment_ids) -> jax.Array:
     """[b, t, 1]: whether a token starts a new segment; the first token of all never does."""
     ids = jnp.asarray(segment_ids)

@@ -8,17 +8,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Num
 
-from jaxlab.rl.arguments import (
-    check_axes,
-    check_ids,
-    check_number,
-    check_shape,
-    demand,
-    flags,
-    wide,
-)  # fmt: skip
+from jaxlab.arguments import check_choice, check_count, check_shape, wide
+from jaxlab.rl.arguments import check_axes, check_ids, check_number, demand, flags
 from jaxlab.rl.groups import backward_sums, following, group_moments
-from jaxlab.ttt.config import check_choice, check_count
 
 KINDS = ("grpo", "drgrpo", "rloo", "batch_std", "reinforce_pp_baseline")
 

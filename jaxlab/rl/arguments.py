@@ -16,11 +16,7 @@ import numpy as np
 from jax.core import Tracer
 from jax.experimental import checkify
 
-
-def wide(x) -> jax.Array:
-    """`x` in the type of all maths here: float64 stays, everything else becomes float32."""
-    x = jnp.asarray(x)
-    return x.astype(jnp.float64 if x.dtype == jnp.float64 else jnp.float32)
+from jaxlab.arguments import check_shape
 
 
 def demand(holds: Callable[..., Any], message: str, *arrays) -> None:
@@ -39,14 +35,6 @@ def check_number(name: str, value, low: float, high: float = math.inf, *, above=
         bounds = f"{'above' if above else 'at least'} {low}"
         bounds += f" and at most {high}" if high < math.inf else ""
         raise ValueError(f"{name}={value!r} must be a finite number {bounds}")
-
-
-def check_shape(name: str, x, *allowed: tuple[int, ...]) -> None:
-    """ValueError unless the shape of `x` is among `allowed`."""
-    if jnp.shape(x) not in allowed:
-        raise ValueError(
-            f"{name} has shape {jnp.shape(x)}; allowed: {' or '.join(map(str, dict.fromkeys(allowed)))}"
-        )
 
 
 def check_axes(name: str, x, axes: str) -> None:

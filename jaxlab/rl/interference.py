@@ -15,9 +15,9 @@ import numpy as np
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, Int, Key, Num, PyTree
 
-from jaxlab.rl.arguments import check_axes, check_number, check_shape, demand, wide
+from jaxlab.arguments import check_count, check_shape, wide
+from jaxlab.rl.arguments import check_axes, check_number, demand
 from jaxlab.rl.passk import log_passk_weight
-from jaxlab.ttt.config import check_count
 
 # Rows of a sketch's random matrix that exist at a time.
 BLOCK = 4096

@@ -4,9 +4,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaxlab.rl.arguments import check_number, check_shape, wide
+from jaxlab.arguments import check_choice, check_shape, wide
+from jaxlab.rl.arguments import check_number
 from jaxlab.rl.reduce import clip, stop
-from jaxlab.ttt.config import check_choice
 
 KL_KINDS = ("k1", "k2", "k3", "abs", "k1_st", "k3_st")
 

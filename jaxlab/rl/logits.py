@@ -4,9 +4,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from jaxlab.rl.arguments import check_number, check_shape, wide
+from jaxlab.arguments import check_count, check_shape, wide
+from jaxlab.rl.arguments import check_number
 from jaxlab.sampling import entropy
-from jaxlab.ttt.config import check_count
 
 
 def _positions(fn, chunk, logits, *others):

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Num
 
-from jaxlab.rl.arguments import check_number, check_shape, wide
+from jaxlab.arguments import check_choice, check_shape, wide
+from jaxlab.rl.arguments import check_number
 from jaxlab.rl.reduce import (
     Metrics,
     aggregate,
@@ -22,7 +23,6 @@ from jaxlab.rl.reduce import (
     token_metrics,
     valid_tokens,
 )  # fmt: skip
-from jaxlab.ttt.config import check_choice
 
 KINDS = ("pg", "ppo", "cispo", "sapo", "gmpo")
 LEVELS = ("token", "sequence", "sequence_sum", "sequence_token_grad")

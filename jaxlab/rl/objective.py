@@ -7,7 +7,8 @@ from collections.abc import Callable
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaxlab.rl.arguments import check_number, check_shape
+from jaxlab.arguments import check_choice, check_shape
+from jaxlab.rl.arguments import check_number
 from jaxlab.rl.kl import check_kl, kl_tokens
 from jaxlab.rl.logits import entropy_from_logits, logprobs_from_logits
 from jaxlab.rl.losses import check_policy, policy_loss_tokens, ratio
@@ -20,7 +21,6 @@ from jaxlab.rl.reduce import (
     token_metrics,
     valid_tokens,
 )  # fmt: skip
-from jaxlab.ttt.config import check_choice
 
 POLICY = (
     "kind",

@@ -14,8 +14,8 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, Float, Int, Num
 
-from jaxlab.rl.arguments import demand, wide
-from jaxlab.ttt.config import check_count
+from jaxlab.arguments import check_count, wide
+from jaxlab.rl.arguments import demand
 
 
 def check_k(k, most: int | None = None, least: int = 1) -> int:

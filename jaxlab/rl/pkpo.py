@@ -12,9 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Num
 
-from jaxlab.rl.arguments import check_number, demand, wide
+from jaxlab.arguments import check_choice, wide
+from jaxlab.rl.arguments import check_number, demand
 from jaxlab.rl.passk import binary, check_k, look_up, misses, samples
-from jaxlab.ttt.config import check_choice
 
 VARIANTS = ("none", "loo", "loo1", "wrloo")
 

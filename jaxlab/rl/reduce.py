@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Num
 
-from jaxlab.rl.arguments import check_axes, check_shape, flags, wide
-from jaxlab.ttt.config import check_choice, check_count
+from jaxlab.arguments import check_choice, check_count, check_shape, wide
+from jaxlab.rl.arguments import check_axes, flags
 
 MODES = (
     "token_mean",

@@ -15,15 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Num
 
-from jaxlab.rl.arguments import (
-    check_axes,
-    check_ids,
-    check_number,
-    check_shape,
-    demand,
-    flags,
-    wide,
-)
+from jaxlab.arguments import check_choice, check_count, check_shape, wide
+from jaxlab.rl.arguments import check_axes, check_ids, check_number, demand, flags
 from jaxlab.rl.groups import backward_sums, group_moments
 from jaxlab.rl.uncertainty import (
     SUMMARIES,
@@ -37,7 +30,6 @@ from jaxlab.rl.uncertainty import (
     step_uncertainty,
     token_signals,
 )  # fmt: skip
-from jaxlab.ttt.config import check_choice, check_count
 
 
 def group_center(

@@ -10,10 +10,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Num
 
-from jaxlab.rl.arguments import check_axes, check_number, check_shape, demand, flags, wide
+from jaxlab.arguments import check_choice, check_shape, wide
+from jaxlab.rl.arguments import check_axes, check_number, demand, flags
 from jaxlab.rl.groups import backward_sums, following
 from jaxlab.rl.logits import entropy_from_logits, logprobs_from_logits
-from jaxlab.ttt.config import check_choice
 
 TRANSFORMS = ("linear", "neg", "exp")
 SUMMARIES = ("mean_smoothed", "exp_late")

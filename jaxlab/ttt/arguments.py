@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 
+from jaxlab.arguments import check_shape
 from jaxlab.ttt.config import FastWeights
 
 
@@ -23,13 +24,6 @@ def check_tokens(q, k, v, layout: str) -> tuple[jax.Array, jax.Array, jax.Array]
             f"v has shape {v.shape}; expected ({', '.join(map(str, q.shape[:-1]))}, *)"
         )
     return q, k, v
-
-
-def check_shape(name: str, x, *allowed: tuple[int, ...]) -> None:
-    """ValueError unless the shape of `x` is among `allowed`."""
-    if x is None or jnp.shape(x) not in allowed:
-        got = "None" if x is None else f"shape {jnp.shape(x)}"
-        raise ValueError(f"{name} has {got}; allowed: {' or '.join(map(str, allowed))}")
 
 
 def check_gate(name: str, x, per_token: tuple[int, ...], wide, *more: tuple[int, ...]):

@@ -1,10 +1,11 @@
 """What a TTT layer learns at test time, and how: fast weights, inner configuration, the ladder."""
 
 import dataclasses
-import operator
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 from jaxtyping import Array, Float
+
+from jaxlab.arguments import check_choice, check_count
 
 NAMES = ("w0", "w1", "w2")
 
@@ -19,23 +20,6 @@ class FastWeights(NamedTuple):
     w0: Float[Array, "*b h k c"] | None
     w1: Float[Array, "*b h c v"]
     w2: Float[Array, "*b h k c"] | None
-
-
-def check_count(name: str, value: Any, least: int) -> int:
-    """`value` as an int of at least `least`, else ValueError; bool is not a number here."""
-    try:
-        number = operator.index(value)
-    except TypeError:
-        number = least - 1
-    if number < least or isinstance(value, bool):
-        raise ValueError(f"{name}={value!r} must be an integer of at least {least}")
-    return number
-
-
-def check_choice(name: str, value: Any, *allowed: Any) -> None:
-    """ValueError unless `value` is among `allowed`."""
-    if not any(type(value) is type(choice) and value == choice for choice in allowed):
-        raise ValueError(f"{name}={value!r} must be one of {', '.join(map(repr, allowed))}")
 
 
 @dataclasses.dataclass(frozen=True)

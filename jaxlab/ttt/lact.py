@@ -5,10 +5,10 @@ import jax.numpy as jnp
 from einops import rearrange
 from jaxtyping import Array, Float
 
-from jaxlab.masks import wide_type
+from jaxlab.arguments import check_choice, wide_type
 from jaxlab.ttt.arguments import batched_weights, check_gate, check_rates, check_tokens
 from jaxlab.ttt.causal import token_causal, why_not_token
-from jaxlab.ttt.config import FastWeights, InnerConfig, check_choice
+from jaxlab.ttt.config import FastWeights, InnerConfig
 from jaxlab.ttt.net import minus_grads, read
 from jaxlab.ttt.parallel import affine, parallel, why_not_affine, why_not_parallel
 from jaxlab.ttt.state import (

@@ -4,9 +4,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaxlab.masks import wide_type
-from jaxlab.ttt.arguments import batched_weights, check_shape, check_tokens
-from jaxlab.ttt.config import NAMES, FastWeights, InnerConfig, check_choice
+from jaxlab.arguments import check_choice, check_shape, wide_type
+from jaxlab.ttt.arguments import batched_weights, check_tokens
+from jaxlab.ttt.config import NAMES, FastWeights, InnerConfig
 
 
 def kernel(fw: FastWeights) -> tuple[jax.Array, jax.Array]:

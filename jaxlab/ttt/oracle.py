@@ -10,10 +10,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from jaxlab.arguments import check_choice, check_count, wide_type
 from jaxlab.linear_attention import momentum_coefficients
-from jaxlab.masks import wide_type
 from jaxlab.ttt.arguments import check_gate, check_tokens
-from jaxlab.ttt.config import check_choice, check_count
 from jaxlab.varying import vary_like
 
 Loss = Callable[[jax.Array, jax.Array], jax.Array]  # (pred [L, Dv], target [L, Dv]) -> [L]

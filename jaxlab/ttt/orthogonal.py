@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaxlab.ttt.config import check_count
+from jaxlab.arguments import check_count
 
 Triple = tuple[float, float, float]
 

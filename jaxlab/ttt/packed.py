@@ -15,8 +15,8 @@ import jax.numpy as jnp
 from einops import rearrange
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxlab.masks import wide_type
-from jaxlab.ttt.arguments import batched_weights, check_gate, check_rates, check_shape, check_tokens
+from jaxlab.arguments import check_shape, wide_type
+from jaxlab.ttt.arguments import batched_weights, check_gate, check_rates, check_tokens
 from jaxlab.ttt.config import FastWeights, InnerConfig
 from jaxlab.ttt.net import minus_grads, read
 from jaxlab.ttt.state import Matrices, Moving, moving_part, state_of, take_step

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from einops import rearrange
 from jaxtyping import Array, Float, Int
 
-from jaxlab.ttt.arguments import check_shape
+from jaxlab.arguments import check_shape
 from jaxlab.ttt.minibatch import (
     Layers,
     Params,

@@ -8,9 +8,8 @@ import jax.numpy as jnp
 from einops import rearrange
 from jaxtyping import Array, Float
 
-from jaxlab.masks import wide_type
-from jaxlab.ttt.arguments import batched, check_gate, check_shape, check_tokens
-from jaxlab.ttt.config import check_choice, check_count
+from jaxlab.arguments import check_choice, check_count, check_shape, wide_type
+from jaxlab.ttt.arguments import batched, check_gate, check_tokens
 from jaxlab.ttt.minibatch import (
     MiniBatchState,
     Params,

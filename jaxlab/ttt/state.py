@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from jaxlab.masks import wide_type
+from jaxlab.arguments import check_count, wide_type
 from jaxlab.ttt.arguments import batched_weights
-from jaxlab.ttt.config import FastWeights, InnerConfig, check_count
+from jaxlab.ttt.config import FastWeights, InnerConfig
 from jaxlab.ttt.net import minus_grads
 from jaxlab.ttt.orthogonal import newton_schulz, safe_norm
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaxlab.masks import wide_type
+from jaxlab.arguments import wide_type
 from jaxlab.ttt.arguments import batched, check_tokens
 from jaxlab.ttt.net import outer_sum
 from jaxlab.ttt.orthogonal import safe_norm

@@ -4,6 +4,7 @@ Numbers of a concrete array are checked at once, those of a traced one by `check
 in a plain jit, an error under `checkify.checkify`.
 """
 
+import functools
 import math
 import numbers
 import operator
@@ -15,7 +16,11 @@ import numpy as np
 from jax.core import Tracer
 from jax.experimental import checkify
 
+from jaxlab import arguments
+
 Classes = tuple[int, ...]
+
+check_count = functools.partial(arguments.check_count, wrong_type=TypeError)
 
 
 def check_values(good, message: str, values=None) -> None:
@@ -28,18 +33,18 @@ def check_values(good, message: str, values=None) -> None:
         raise ValueError(message + found)
 
 
-def wide(name: str, x) -> jax.Array:
-    """`x` as float64 if it is, else as float32: the type of all that is computed."""
+def real(name: str, x) -> jax.Array:
+    """`x`, which must be real, in the type of all that is computed: float64 if it is, else float32."""
     x = jnp.asarray(x)
     if not any(jnp.issubdtype(x.dtype, kind) for kind in (jnp.floating, jnp.integer, jnp.bool_)):
         raise TypeError(f"{name} has dtype {x.dtype}; it must be real")
-    return x.astype(jnp.float64 if x.dtype == jnp.float64 else jnp.float32)
+    return arguments.wide(x)
 
 
 def as_probabilities(p, from_logits: bool, *, samples: bool = True, name: str = "p") -> jax.Array:
     """Checked probabilities [samples, ..., classes] in the wide type; without samples [..., classes]."""
     given = jnp.asarray(p)
-    p = wide(name, given)
+    p = real(name, given)
     least, letters = (2, "samples, ..., classes") if samples else (1, "..., classes")
     if p.ndim < least:
         raise ValueError(f"{name}={p.shape} must have at least {least} axes: [{letters}]")
@@ -95,12 +100,6 @@ def among(classes: Classes, y: jax.Array) -> jax.Array:
     return jnp.any(y[..., None] == jnp.asarray(classes), -1)
 
 
-def check_choice(name: str, value, allowed: tuple[str, ...]) -> None:
-    """ValueError unless `value` is one of `allowed`."""
-    if value not in allowed:
-        raise ValueError(f"{name}={value!r} must be one of {list(allowed)}")
-
-
 def check_number(name: str, value, legal: str, test) -> None:
     """ValueError where a number, or a concrete scalar array, fails `test`; a tracer passes."""
     if isinstance(value, Tracer):
@@ -114,20 +113,6 @@ def check_number(name: str, value, legal: str, test) -> None:
 def check_eps(eps) -> None:
     """ValueError for a negative or infinite `eps`."""
     check_number("eps", eps, "finite and at least 0", lambda x: 0 <= x < math.inf)
-
-
-def check_count(name: str, value, least: int, most: int | None = None) -> int:
-    """`value` as an int of at least `least`, at most `most`."""
-    try:
-        if isinstance(value, bool):
-            raise TypeError
-        count = operator.index(value)
-    except TypeError:
-        raise TypeError(f"{name}={value!r} must be a static int") from None
-    if count < least or (most is not None and count > most):
-        upper = "" if most is None else f" and at most {most}"
-        raise ValueError(f"{name}={count} must be at least {least}{upper}")
-    return count
 
 
 def check_labels(name: str, y, num_classes: int | None, size: int | None = None) -> jax.Array:
@@ -147,7 +132,7 @@ def check_labels(name: str, y, num_classes: int | None, size: int | None = None)
 
 def check_scores(score, size: int | None = None, name: str = "score") -> jax.Array:
     """Scores [n] in the wide type, without NaN."""
-    score = wide(name, score)
+    score = real(name, score)
     if score.ndim != 1 or not score.size or (size is not None and score.shape[0] != size):
         want = "[n], n at least 1" if size is None else f"({size},)"
         raise ValueError(f"{name}={score.shape} must have the shape {want}")

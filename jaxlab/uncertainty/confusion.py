@@ -8,14 +8,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaxlab.uncertainty.checks import (
-    Classes,
-    as_probabilities,
-    check_choice,
-    check_eps,
-    class_groups,
-    wide,
-)
+from jaxlab.arguments import check_choice
+from jaxlab.uncertainty.checks import Classes, as_probabilities, check_eps, class_groups, real
 from jaxlab.uncertainty.safe import HIGHEST, Centered, center, ratio, root
 
 FORMS = ("fisher", "reference")
@@ -73,14 +67,14 @@ def cbec(
     ValueError for p as in `moments`, groups that are empty, overlap or hold no class of p, weights of
     another shape, an unknown form, eps < 0.
     """
-    check_choice("form", form, FORMS)
+    check_choice("form", form, *FORMS)
     check_eps(eps)
     p = as_probabilities(p, from_logits)
     safe, critical = class_groups(safe, critical, p.shape[-1])
     terms = pair_terms(center(p), safe, critical, form, eps)
     if weights is None:
         return jnp.sum(terms, (-2, -1))
-    weights = wide("weights", weights)
+    weights = real("weights", weights)
     if weights.shape != (len(safe), len(critical)):
         want = (len(safe), len(critical))
         raise ValueError(f"weights={weights.shape} must be {want}: a number for safe x critical")
@@ -98,7 +92,7 @@ def epistemic_confusion_matrix(
 
     ValueError as in `cbec`.
     """
-    check_choice("form", form, FORMS)
+    check_choice("form", form, *FORMS)
     check_eps(eps)
     p = as_probabilities(p, from_logits)
     classes = tuple(range(p.shape[-1]))

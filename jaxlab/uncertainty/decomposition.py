@@ -7,13 +7,8 @@ Source: arXiv 2602.21160 (C_k, the skewness ratio); D_k and the bounds are deriv
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from jaxlab.uncertainty.checks import (
-    as_probabilities,
-    check_choice,
-    check_count,
-    check_eps,
-    wide,
-)
+from jaxlab.arguments import check_choice
+from jaxlab.uncertainty.checks import as_probabilities, check_count, check_eps, real
 from jaxlab.uncertainty.moments import Moments
 from jaxlab.uncertainty.safe import center, curvature, jensen_gap, ratio
 
@@ -36,7 +31,7 @@ def contributions(
 
     ValueError for p as in `moments`, an unknown method, eps < 0 and ddof outside [0, S).
     """
-    check_choice("method", method, (*TAYLOR, "exact"))
+    check_choice("method", method, *TAYLOR, "exact")
     check_eps(eps)
     p = as_probabilities(p, from_logits)
     check_count("ddof", ddof, 0, p.shape[0] - 1)
@@ -54,10 +49,10 @@ def contributions_from_moments(
     m: Moments, method: str = "taylor2", *, eps: float = 0.0
 ) -> Float[Array, "*b k"]:
     """The Taylor forms of `contributions` from moments [..., K]; ValueError as there."""
-    check_choice("method", method, TAYLOR)
+    check_choice("method", method, *TAYLOR)
     check_eps(eps)
     order = TAYLOR.index(method) + 1
-    below = wide("m.mean", m.mean) + eps
+    below = real("m.mean", m.mean) + eps
     parts = []
     for n, part in enumerate((m.var, m.m3, m.m4)[:order], 1):
         for _ in range(n):
@@ -107,7 +102,7 @@ def signed_skewness_ratio(
     ValueError for eps < 0.
     """
     check_eps(eps)
-    mu, var, m3 = wide("mu", mu), wide("var", var), wide("m3", m3)
+    mu, var, m3 = real("mu", mu), real("var", var), real("m3", m3)
     return ratio(ratio(m3, var + eps), 3 * (mu + eps))
 
 

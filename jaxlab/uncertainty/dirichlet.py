@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaxlab.uncertainty.checks import check_values, wide
+from jaxlab.uncertainty.checks import check_values, real
 from jaxlab.uncertainty.safe import HIGHEST, curvature
 
 SHIFT = 10  # arguments of the asymptotic series are at least this
@@ -31,7 +31,7 @@ def dirichlet_uncertainty(alpha: Float[Array, "*b k"]) -> DirichletUncertainty:
     sum C = (K - 1) / (2 (sum alpha + 1)) whatever the mean. ValueError unless alpha is positive and
     finite with at least 2 classes.
     """
-    alpha = wide("alpha", alpha)
+    alpha = real("alpha", alpha)
     if alpha.ndim < 1 or alpha.shape[-1] < 2:
         raise ValueError(f"alpha={alpha.shape} must have at least 2 classes in its last axis")
     check_values((alpha > 0) & (alpha < jnp.inf), "alpha must be positive and finite", alpha)

@@ -12,7 +12,7 @@ import numpy as np
 from jax.scipy.linalg import solve_triangular
 from jaxtyping import Array, Float, Int, Key
 
-from jaxlab.uncertainty.checks import check_count, check_labels, check_number, check_values, wide
+from jaxlab.uncertainty.checks import check_count, check_labels, check_number, check_values, real
 from jaxlab.uncertainty.safe import HIGHEST
 
 
@@ -40,7 +40,7 @@ def laplace_last_layer_fit(
     finite, and prior_precision <= 0.
     """
     check_number("prior_precision", prior_precision, "finite and above 0", lambda x: 0 < x < np.inf)
-    kernel, bias = wide("kernel", kernel), wide("bias", bias)
+    kernel, bias = real("kernel", kernel), real("bias", bias)
     if kernel.ndim != 2 or kernel.shape[1] < 2 or bias.shape != kernel.shape[1:]:
         raise ValueError(
             f"kernel={kernel.shape} and bias={bias.shape} must be [d, k] and [k], k at least 2"
@@ -136,7 +136,7 @@ def laplace_last_layer_log_marginal(
 
 def _augmented(features, d: int) -> jax.Array:
     """Features with a 1 for the bias."""
-    features = wide("features", features)
+    features = real("features", features)
     if features.ndim != 2 or features.shape[1] != d:
         raise ValueError(f"features={features.shape} must have the shape [samples, {d}]")
     check_values(jnp.isfinite(features), "features must be finite")

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Key
 
-from jaxlab.uncertainty.checks import wide
+from jaxlab.uncertainty.checks import real
 
 
 def mc_predict(apply: Callable, params, x, keys: Key[Array, "s"]) -> Float[Array, "s n k"]:
@@ -38,4 +38,4 @@ def ensemble_predict(apply: Callable, stacked_params, x) -> Float[Array, "s n k"
 
 
 def _probabilities(logits) -> jax.Array:
-    return jax.nn.softmax(wide("logits", logits), -1)
+    return jax.nn.softmax(real("logits", logits), -1)

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from jaxlab.uncertainty.checks import check_count, check_labels, check_values, wide
+from jaxlab.uncertainty.checks import check_count, check_labels, check_values, real
 from jaxlab.uncertainty.safe import ratio, root, xlogx
 
 
@@ -35,7 +35,7 @@ def dominance(c: Float[Array, "*b k"]) -> Dominance:
 
     0, 0, 0 where c is all zeros. ValueError for c without axes, TypeError unless it is real.
     """
-    c = wide("c", c)
+    c = real("c", c)
     if c.ndim < 1:
         raise ValueError(f"c={c.shape} must have classes in its last axis")
     share = ratio(c, jnp.sum(c, -1, keepdims=True))
@@ -87,7 +87,7 @@ def drift(
 
 
 def _table(c) -> jax.Array:
-    c = wide("c", c)
+    c = real("c", c)
     if c.ndim != 2 or not c.size:
         raise ValueError(f"c={c.shape} must have the shape [samples, classes]")
     check_values(~jnp.isnan(c), "c holds NaN")

@@ -10,13 +10,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaxlab.uncertainty.checks import (
-    Classes,
-    among,
-    as_probabilities,
-    check_choice,
-    class_groups,
-)
+from jaxlab.arguments import check_choice
+from jaxlab.uncertainty.checks import Classes, among, as_probabilities, class_groups
 from jaxlab.uncertainty.confusion import pair_terms
 from jaxlab.uncertainty.safe import Centered, center, jensen_gap, ratio, xlogx
 
@@ -58,7 +53,7 @@ def labelwise(
 
     ValueError for p as in `moments` and an unknown kind. Source: Sale et al., UAI 2024.
     """
-    check_choice("kind", kind, ("variance", "entropy"))
+    check_choice("kind", kind, "variance", "entropy")
     c = center(as_probabilities(p, from_logits))
     if kind == "entropy":
         binary = lambda x: -xlogx(x) - xlogx(1 - x)  # noqa: E731

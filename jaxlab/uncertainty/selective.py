@@ -13,11 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
+from jaxlab.arguments import check_choice
 from jaxlab.uncertainty.checks import (
     Classes,
     among,
     check_binary,
-    check_choice,
     check_count,
     check_coverages,
     check_labels,
@@ -103,7 +103,7 @@ def ausc(
     `metric` "critical_fnr", "critical_error" or "error_rate"; not divided by high - low. ValueError as
     in `selective_curve`, for an unknown metric, and unless 0 < low < high <= 1 and num >= 2.
     """
-    check_choice("metric", metric, METRICS)
+    check_choice("metric", metric, *METRICS)
     critical = class_indices("critical", critical)
     y, yhat, score = _samples(y, yhat, score, None)
     check_coverages("low and high", (low, high))
@@ -127,7 +127,7 @@ def aurc(
     ValueError for lengths that differ, other errors than 0 and 1, NaN scores, an unknown kind, and one
     sample under "trapezoid".
     """
-    check_choice("kind", kind, ("trapezoid", "mean"))
+    check_choice("kind", kind, "trapezoid", "mean")
     _, risk = _risks(score, error)
     return jnp.mean(risk) if kind == "mean" else _trapezoids(risk)
 

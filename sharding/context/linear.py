@@ -15,9 +15,9 @@ from einops import rearrange
 from jaxtyping import Array, Float, Int
 
 from jaxlab import linear_attention as la
+from jaxlab.arguments import wide_type
 from jaxlab.linear_attention import LinAttnState
 from jaxlab.linear_attention.state import first_tokens
-from jaxlab.masks import wide_type
 from sharding.context.place import check_divides, find_place
 from sharding.context.prefix import halo_exchange, prefix_state_exchange
 

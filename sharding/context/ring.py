@@ -15,9 +15,10 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
+from jaxlab.arguments import wide_type
 from jaxlab.attention import blockwise_attention
 from jaxlab.blockwise import backward_in_blocks, default_block, forward_in_blocks, plan_blocks
-from jaxlab.masks import Mask, Rule, wide_type
+from jaxlab.masks import Mask, Rule
 from jaxlab.varying import vary_like
 from sharding.context.zigzag import natural_index
 

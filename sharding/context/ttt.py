@@ -11,15 +11,9 @@ import jax.numpy as jnp
 from einops import rearrange
 from jaxtyping import Array, Float, Int
 
-from jaxlab.masks import wide_type
+from jaxlab.arguments import check_shape, wide_type
 from jaxlab.ttt import FastWeights, InnerConfig, PackedState, ttt, ttt_packed
-from jaxlab.ttt.arguments import (
-    batched_weights,
-    check_gate,
-    check_rates,
-    check_shape,
-    check_tokens,
-)
+from jaxlab.ttt.arguments import batched_weights, check_gate, check_rates, check_tokens
 from jaxlab.ttt.net import features, read
 from jaxlab.ttt.packed import check_packed, packed_window, roles_of
 from jaxlab.ttt.parallel import parallel, why_not_parallel
