@@ -120,7 +120,7 @@ def packed_window(
     r: Roles,
     tokens,
     total: Callable = lambda sums: sums,
-):
+) -> tuple[PackedState, Any]:
     """(state, out [b, h, c, v]) after a window of tokens (q, k, v, rates, gates) with roles `r`.
 
     `total` sums over the devices that share the window's tokens.

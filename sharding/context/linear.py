@@ -121,7 +121,7 @@ def _start(initial, after: LinAttnState) -> LinAttnState:
     """The initial state in the structure and types of the final one, what is absent as zeros."""
     given = initial if isinstance(initial, LinAttnState) else LinAttnState(initial)  # type: ignore[arg-type]
 
-    def part(x, like):
+    def part(x, like) -> Any:
         if like is None:
             return None
         return jnp.zeros(like.shape, like.dtype) if x is None else jnp.asarray(x, like.dtype)
@@ -150,7 +150,7 @@ def _master(run, q, k, v, arrays, static, begin: LinAttnState) -> Shard:
     eye = jnp.broadcast_to(
         jnp.eye(n, dtype=wide)[:, None, None, None], (n, *begin.S.shape[:2], 1, n)
     )
-    into, end = la.linear_attention(
+    into, end = run(
         unit, unit, jnp.zeros((*q.shape[:3], n), wide), **arrays,
         **options | {"feature_map": "identity"}, scale=1.0, initial_state=LinAttnState(*eye),
     )  # fmt: skip

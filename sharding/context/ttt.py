@@ -159,7 +159,7 @@ def _documents(cfg: InnerConfig, state, tokens, places, axes, total) -> jax.Arra
     windows = rearrange(places, "b (n c) -> n b c", c=cfg.chunk_size)
     share = tokens[0].shape[3]
     at = jax.lax.axis_index(axes) * share
-    zero = jax.tree.map(jnp.zeros_like, moving_part(state, cfg))
+    zero: Any = jax.tree.map(jnp.zeros_like, moving_part(state, cfg))
     before = PackedState(zero, zero.read, jnp.zeros_like(state.fw.w1[..., 0, 0]))
     before = jax.tree.map(lambda x: vary_like(x, tokens, places, state), before)
 
