@@ -142,8 +142,9 @@ class Rows:
     def __init__(self, config, x, y, batch: int, seed: int, split: str):
         self.config, self.x, self.y, self.batch, self.split = config, x, y, batch, split
         self.seed, self.spec = seed, config.spec(batch)
-        # Evaluation is of whole batches that hold a row once.
-        self.num_batches = len(y) // batch if split != "train" else -(-len(y) // batch)
+        self.size = len(y)
+        # Metrics of the objective are of whole batches that hold a row once.
+        self.num_batches = max(1, len(y) // batch) if split != "train" else -(-len(y) // batch)
         self._order = functools.lru_cache(2)(
             lambda epoch: np.random.default_rng([seed, 1, epoch]).permutation(len(y))
         )
