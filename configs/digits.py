@@ -20,9 +20,7 @@ def run() -> Run:
     return Run(
         model=MLPConfig(classes=4, dropout=0.3),
         objective=Classify(),
-        source=Shipped(
-            relabel=(0, 0, 0, 3, 0, 2, 0, 0, 3, 1), keep=(1000, 50, 50, 30), noise=0.35
-        ),
+        source=Shipped(relabel=(0, 0, 0, 3, 0, 2, 0, 0, 3, 1), keep=(1000, 50, 50, 30), noise=0.35),
         evaluators=(HeldOut(batches=0), Uncertainty(Dropout(), critical=(2, 3))),
         optimizer=Optimizer(lr=2e-3, weight_decay=1e-4, schedule="constant", warmup=0),
         steps=400,

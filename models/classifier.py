@@ -137,4 +137,3 @@ class Ensemble(nn.Module):
             metadata_params={nn.PARTITION_NAME: "members"},
         )
         return every(self.base, x)
-

@@ -66,7 +66,11 @@ class Uncertainty:
                 p = predict(fitted, inputs_of(batch), key)
                 parts.append(jax.device_get((p, batch["labels"], inputs_of(batch))))
             p, y, x = zip(*parts, strict=True)
-            return np.concatenate(p, 1)[:, :size], np.concatenate(y)[:size], np.concatenate(x)[:size]
+            return (
+                np.concatenate(p, 1)[:, :size],
+                np.concatenate(y)[:size],
+                np.concatenate(x)[:size],
+            )
 
         def evaluate(params, step: int) -> dict[str, float | str]:
             fitted = samples.prepare(params)

@@ -25,7 +25,10 @@ def table(values: dict[str, Any], p, y, step: int, evaluator: Any) -> str:
         rows = list(dict.fromkeys(score for _, score in chosen))
         if rows:
             at = f" (at coverage {evaluator.coverage})" if group else ""
-            lines += [f"| score{at} | " + " | ".join(columns) + " |", "|---|" + "---|" * len(columns)]
+            lines += [
+                f"| score{at} | " + " | ".join(columns) + " |",
+                "|---|" + "---|" * len(columns),
+            ]
             cells = lambda s: (f"{values[f'{c}/{s}']:.4f}" for c in columns)  # noqa: B023, E731
             lines += [f"| {s} | " + " | ".join(cells(s)) + " |" for s in rows] + [""]
     profiles = np.asarray(un.epistemic_profiles(un.contributions(p), y, p.shape[-1]))

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Int, Key
 
 from jaxlab.uncertainty.checks import check_count, check_number
 
@@ -29,7 +29,9 @@ def swag_init(params: Any, rank: int) -> SwagState:
     ValueError for a rank below 2.
     """
     check_count("rank", rank, 2)
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.promote_types(x.dtype, "float32")), params)
+    zeros = jax.tree.map(
+        lambda x: jnp.zeros(x.shape, jnp.promote_types(x.dtype, "float32")), params
+    )
     rows = jax.tree.map(lambda x: jnp.zeros((rank, *x.shape), x.dtype), zeros)
     return SwagState(jnp.zeros((), jnp.int32), zeros, zeros, rows)
 

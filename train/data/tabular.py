@@ -41,7 +41,9 @@ class Shipped:
     keep: Annotated[tuple[int, ...], "at most so many training rows of each label; (): all"] = ()
     label_noise: Annotated[float, "share of training labels that are drawn anew, never right"] = 0.0
     noise: Annotated[float, "standard deviation added to every value, of both parts"] = 0.0
-    shift: Annotated[Literal["none", "noisy", "permuted", "scaled"], "of the held-out part"] = "none"
+    shift: Annotated[Literal["none", "noisy", "permuted", "scaled"], "of the held-out part"] = (
+        "none"
+    )
     strength: Annotated[float, "deviation of shift 'noisy', factor of 'scaled'"] = 0.5
     held_out: Annotated[float, "share of the rows that is held out"] = 0.35
     split_seed: Annotated[int, "of the cut, the noise of labels and that of held-out rows"] = 0
@@ -121,7 +123,9 @@ def parts(config: Shipped) -> dict[str, tuple[np.ndarray, np.ndarray]]:
         train = np.sort(np.concatenate(cut))
     labels = y[train]
     wrong = random.random(len(train)) < c.label_noise
-    labels = np.where(wrong, (labels + random.integers(1, c.classes, len(train))) % c.classes, labels)
+    labels = np.where(
+        wrong, (labels + random.integers(1, c.classes, len(train))) % c.classes, labels
+    )
     held = x[valid & ~out] + c.noise * random.standard_normal((np.sum(valid & ~out), x.shape[1]))
     ood = (x[out] + c.noise * random.standard_normal((np.sum(out), x.shape[1])), y[out])
     if not c.leave_out:
