@@ -90,7 +90,7 @@ def markdown(r: dict, machine: str) -> str:
         lines.append(f"| *{name}* | " + " | ".join(pm(d[s][name]) for s in SOURCES) + " |")
     lines += [
         "", "## Skewness and CBEC", "",
-        "Share of (row, critical class) with rho < 0.3, and areas of CBEC, alone and less that of max C: below 0 "  # noqa: E501
+        "Share of (row, critical class) with rho < 0.3; areas of CBEC, alone and less that of max C; below 0 "
         "CBEC is better. One critical class: grade 3 alone.", "",
         "| posterior | rho < 0.3 | Pearson | CBEC | CBEC - max C | one critical: CBEC | CBEC - max C |",
         "|---|---|---|---|---|---|---|",
