@@ -153,10 +153,10 @@ def test_every_posterior_reports_and_draws(posterior, tmp_path):
 @pytest.mark.parametrize("source", ["members", "passes"])
 def test_eight_devices_sample_as_one(source):
     """64 members, or 512 passes, split over samples and rows of inputs."""
-    from jax.sharding import NamedSharding
+    from jax.sharding import AxisType, NamedSharding
     from jax.sharding import PartitionSpec as P
 
-    mesh = jax.make_mesh((4, 2), ("s", "n"), devices=jax.devices()[:8])
+    mesh = jax.make_mesh((4, 2), ("s", "n"), (AxisType.Auto,) * 2, devices=jax.devices()[:8])
     place = lambda tree, *spec: jax.device_put(tree, NamedSharding(mesh, P(*spec)))  # noqa: E731
     drop = MLPConfig(classes=4, features=6, d_model=8, dropout=0.3).build("cpu")
     x = jax.random.normal(jax.random.key(1), (16, 6))
