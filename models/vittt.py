@@ -26,6 +26,7 @@ class ViTTTConfig:
     d_model: Annotated[int, "width of a token"] = 64
     heads: Annotated[int, "heads of the mixer; divides d_model"] = 4
     mlp: Annotated[int, "hidden width of the MLP"] = 256
+    dropout: Annotated[float, "rate after the mixer and the MLP of every block"] = 0.0
     dtype: Annotated[Literal["auto", "float32", "bfloat16"], "compute type; auto: f32 on CPU"] = (
         "auto"
     )
@@ -40,6 +41,8 @@ class ViTTTConfig:
             raise ValueError(f"model.patch={self.patch} must divide model.image={self.image}")
         if self.d_model % self.heads:
             raise ValueError(f"model.heads={self.heads} must divide model.d_model={self.d_model}")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"model.dropout={self.dropout} must be in [0, 1)")
 
     def inputs(self, batch: dict[str, jax.ShapeDtypeStruct]) -> tuple[jax.ShapeDtypeStruct, ...]:
         """What `init` is traced with, one image of a batch of this kind."""
@@ -55,12 +58,14 @@ class ViTTTBlock(nn.Module):
     """A 3x3 depthwise convolution that tells positions, the mixer, an MLP: all residual."""
 
     config: Any
+    deterministic: bool = True
 
     @nn.compact
     def __call__(self, x: Float[Array, "b t d"], _=None) -> tuple[Float[Array, "b t d"], None]:
         c = self.config
         d, kind, side = c.d_model, c.param_dtype, c.image // c.patch
         norm = lambda name: LayerNorm(1e-6, kind, name=name)  # noqa: E731
+        drop = lambda y: nn.Dropout(c.dropout)(y, deterministic=self.deterministic)  # noqa: E731
         x = constrain(x, "batch", None, "act_embed")
         kernel = weight(self, "position", (d, 3, 3), ("embed", None, None), 0.1, kind)
         maps = depthwise(rearrange(x, "b (y x) d -> b y x d", y=side), kernel.astype(x.dtype))
@@ -68,11 +73,11 @@ class ViTTTBlock(nn.Module):
         mixer = ViTTTMixer(
             d, c.heads, depth=c.layers, dtype=c.dtype, param_dtype=kind, name="mixer"
         )
-        x = x + mixer(norm("mixer_norm")(x), grid=(side, side))
+        x = x + drop(mixer(norm("mixer_norm")(x), grid=(side, side)))
         up = linear(self, "w_up", (d, c.mlp), ("embed", "mlp"), d**-0.5, kind)
         std = (c.mlp * 2 * c.layers) ** -0.5
         down = linear(self, "w_down", (c.mlp, d), ("mlp", "embed"), std, kind)
-        return x + down(jax.nn.gelu(up(norm("mlp_norm")(x)))), None
+        return x + drop(down(jax.nn.gelu(up(norm("mlp_norm")(x))))), None
 
 
 class ViTTT(nn.Module):
@@ -81,8 +86,10 @@ class ViTTT(nn.Module):
     config: ViTTTConfig
 
     @nn.compact
-    def __call__(self, images: Float[Array, "b y x"]) -> Float[Array, "b v"]:
-        """Logits of grey images."""
+    def __call__(
+        self, images: Float[Array, "b y x"], deterministic: bool = True, features: bool = False
+    ) -> Float[Array, "b v"]:
+        """Logits of grey images, or with `features` the mean over tokens [b, d] they are made of."""
         c, kind = self.config, self.config.param_dtype
         if images.shape[1:] != (c.image, c.image):
             raise ValueError(f"images {images.shape} must be [b, {c.image}, {c.image}]")
@@ -92,12 +99,14 @@ class ViTTT(nn.Module):
         blocks = nn.scan(
             ViTTTBlock,
             variable_axes={"params": 0},
-            split_rngs={"params": True},
+            split_rngs={"params": True, "dropout": True},
             length=c.layers,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )
-        x, _ = blocks(c, name="blocks")(x, None)
+        x, _ = blocks(c, deterministic, name="blocks")(x, None)
         x = jnp.mean(LayerNorm(1e-6, kind, name="norm")(x).astype(jnp.float32), 1)
+        if features:
+            return x
         std = c.d_model**-0.5
         logits = linear(self, "head", (c.d_model, c.classes), ("embed", None), std, kind)(x)
         return logits + constant(self, "bias", (c.classes,), 0.0, kind)

@@ -22,6 +22,7 @@ RULES: Rules = {
     "act_mlp": "tensor",
     "cache": None,
     "layers": None,
+    "members": None,
     "embed": "fsdp",
     "heads": "tensor",
     "kv_heads": "tensor",

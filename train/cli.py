@@ -193,7 +193,7 @@ def evaluate(args: argparse.Namespace, presets: Mapping[str, Preset]) -> int:
     values: dict[str, Any] = {}
     with jax.set_mesh(program.mesh):
         rows = row_shard(program.mesh, run.batch)
-        scene = Scene(run, program.apply, program.mesh, rows, program.order)
+        scene = Scene(run, program.apply, program.mesh, rows, program.order, args.run)
         for evaluator in run.evaluators:
             values |= evaluator.make(scene)(params, step)
     if jax.process_index() == 0:

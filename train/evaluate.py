@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
+from pathlib import Path
 from typing import Annotated, Any, Protocol
 
 import jax
@@ -21,6 +22,7 @@ class Scene:
     mesh: Mesh
     rows: tuple[int, int]
     order: np.ndarray | None = None  # of the tokens of a row
+    folder: Path | None = None  # of pages and pictures; None: numbers only
 
 
 class Evaluator(Protocol):

@@ -74,21 +74,37 @@ class NextToken:
 
 @dataclasses.dataclass(frozen=True)
 class Classify:
-    """Cross-entropy of an image's class, in nats an image, and the share of classes got right."""
+    """Cross-entropy of the class of an image or a row, in nats, and the share of classes got right.
+
+    Dropout is on in training. Logits [members, b, classes] of an ensemble count as the mean of the
+    members' losses, but the class got right is that of their mean probability.
+    """
 
     def __call__(self, apply, params, batch, key):
-        logits, labels = apply(params, batch["images"]), batch["labels"]
-        logs = jax.nn.log_softmax(logits.astype(jnp.float32))
-        loss = -jnp.sum(jnp.take_along_axis(logs, labels[:, None], 1))
-        right = jnp.sum(jnp.argmax(logits, -1) == labels, dtype=jnp.float32)
+        labels = batch["labels"]
+        training = {"deterministic": False, "rngs": {"dropout": key}} if "step" in batch else {}
+        logits = apply(params, inputs_of(batch), **training)
+        logs = jax.nn.log_softmax(logits.astype(jnp.float32)).reshape(-1, *logits.shape[-2:])
+        loss = -jnp.sum(jnp.take_along_axis(logs, labels[None, :, None], 2)) / len(logs)
+        mean = jnp.mean(jnp.exp(logs), 0)
+        right = jnp.sum(jnp.argmax(mean, -1) == labels, dtype=jnp.float32)
         count = jnp.float32(len(labels))
         return loss, {"loss": (loss, count), "accuracy": (right, count)}
 
     def check(self, model, source) -> None:
-        for name in ("classes", "image"):
-            ours, theirs = getattr(model, name, None), getattr(source, name, None)
-            if ours is None or theirs is None:
-                which = "model" if ours is None else "source"
-                raise ValueError(f"objective classify needs images: {which} has no {name}")
+        for which, config in (("model", model), ("source", source)):
+            if getattr(config, "classes", None) is None:
+                raise ValueError(f"objective classify needs labels: {which} has no classes")
+        # A model says the side of its images or the values of a row.
+        shape = "image" if getattr(model, "image", None) is not None else "features"
+        for name in ("classes", shape):
+            ours, theirs = getattr(model, name), getattr(source, name, None)
+            if theirs is None:
+                raise ValueError(f"objective classify: model has {name}, but source has no {name}")
             if ours != theirs:
                 raise ValueError(f"model.{name}={ours} must equal source.{name}={theirs}")
+
+
+def inputs_of(batch: Batch) -> jax.Array:
+    """What a classifier looks at: images or features."""
+    return batch["images" if "images" in batch else "features"]

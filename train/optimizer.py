@@ -124,9 +124,9 @@ def _muon_dimensions(axes: tuple[str | None, ...]):
     """How muon sees a parameter as a stack of matrices; None leaves it to adam.
 
     Embeddings, heads and norms go to adam (Jordan et al., 2024); elsewhere the residual-stream axis
-    is one side of the matrix and all other axes but the layers are the other.
+    is one side of the matrix and all other axes but layers and members are the other.
     """
-    sides = [i for i, name in enumerate(axes) if name != "layers"]
+    sides = [i for i, name in enumerate(axes) if name not in ("layers", "members")]
     if "embed" not in axes or "vocab" in axes or len(sides) < 2:
         return None
     inner = axes.index("embed")

@@ -1,7 +1,7 @@
 """Epistemic uncertainty by class, and the decisions made with it.
 
 Samples of probabilities [S, ..., K] come from a network (`mc_predict`, `ensemble_predict`, the
-`laplace_` and `lowrank_vi_` functions); contributions and scores are made of them; selective
+`laplace_`, `lowrank_vi_` and `swag_` functions); contributions and scores are made of them; selective
 prediction, detection, calibration and conformal thresholds judge the scores. Shape letters here:
 s posterior samples, b any batch axes, n inputs, k classes, c classes of labels or coverages.
 Source: arXiv 2602.21160; each function names its own beside it.
@@ -75,6 +75,7 @@ from jaxlab.uncertainty.selective import (
     risk_at_coverage,
     selective_curve,
 )
+from jaxlab.uncertainty.swag import SwagState, swag_init, swag_sample, swag_update
 
 __all__ = [
     "DirichletUncertainty",
@@ -87,6 +88,7 @@ __all__ = [
     "MomentsState",
     "ReliabilityCurve",
     "SelectiveCurve",
+    "SwagState",
     "augrc",
     "aupr",
     "aurc",
@@ -141,4 +143,7 @@ __all__ = [
     "selective_curve",
     "signed_skewness_ratio",
     "skewness_ratio",
+    "swag_init",
+    "swag_sample",
+    "swag_update",
 ]

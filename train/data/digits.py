@@ -54,6 +54,11 @@ class Digits:
         """Ten digits."""
         return 10
 
+    @property
+    def features(self) -> int:
+        """Pixels of an image."""
+        return self.image**2
+
     def check(self, mesh_sizes: dict[str, int]) -> None:
         """ValueError naming the field that cannot work."""
         if self.image < 8 or self.held_out < 1:
