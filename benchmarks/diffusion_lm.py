@@ -166,7 +166,7 @@ def main() -> None:
                     begin = time.perf_counter()
                     found = judges(writer(psi, nucleus, nfe))
                     note("written", key, found | {"seconds": time.perf_counter() - begin})
-    file.with_suffix(".md").write_text(page(record, SAMPLERS))
+    file.with_suffix(".md").write_text(page(record))
     plot(record, file.with_suffix(".png"))
 
 
