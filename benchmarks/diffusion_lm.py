@@ -22,8 +22,8 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.machine import environment  # noqa: E402
 from benchmarks.diffusion_lm_page import page, plot  # noqa: E402
+from benchmarks.machine import environment  # noqa: E402
 from configs import demo, mdlm  # noqa: E402
 from jaxlab.diffusion import sample, step_coefs, unigram_entropy  # noqa: E402
 from models.dit import DiTConfig  # noqa: E402

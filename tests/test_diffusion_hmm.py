@@ -25,7 +25,9 @@ def law(hmm):
     """p(x) of all rows, by summing over all paths of states."""
     x, total = rows(VOCAB), 0
     for path in itertools.product(range(len(hmm.initial)), repeat=LENGTH):
-        p = hmm.initial[path[0]] * np.prod([hmm.transition[a, b] for a, b in itertools.pairwise(path)])
+        p = hmm.initial[path[0]] * np.prod(
+            [hmm.transition[a, b] for a, b in itertools.pairwise(path)]
+        )
         total = total + p * np.prod([hmm.emission[s, x[:, i]] for i, s in enumerate(path)], axis=0)
     return total
 
