@@ -1,10 +1,13 @@
 """The page and the plot of a record of `diffusion_lm.py`."""
 
+import math
 from pathlib import Path
 
 from benchmarks.machine import described
 from benchmarks.sampler_plot import curves
 from benchmarks.small_lm import mean_and_error
+
+LENGTH = 64  # bytes a row
 
 
 def grid(record: dict) -> tuple[list[str], list[str], list[int]]:
@@ -22,6 +25,27 @@ def cell(record: dict, which: str, sampler: str, calls: int) -> dict | None:
     """What was found for a model and nucleus, a sampler and a number of calls."""
     model, nucleus = which.split("/")
     return record["written"].get(f"{model}/{sampler}/{nucleus}/{calls}")
+
+
+def changes(r: dict, which: str, samplers: list[str], calls: list[int]) -> list[str]:
+    """From the calls that are at least the length of a row to the most: change in log-perplexity."""
+    some = [n for n in calls if n >= LENGTH and cell(r, which, samplers[0], n)]
+    if len(some) < 2:
+        return []
+    lines = [
+        f"Judge nats a byte, {some[-1]} calls less {some[0]}, and its standard error; at most calls less "
+        "ancestral; rows are independent:",
+        "",
+    ]
+    log = lambda c: (math.log(c["perplexity"]), c["error"] / c["perplexity"])  # noqa: E731
+    base, base_error = log(cell(r, which, samplers[0], some[-1]))
+    for sampler in samplers:
+        (a, u), (b, v) = (log(cell(r, which, sampler, n)) for n in (some[0], some[-1]))
+        lines.append(
+            f"* {sampler}: {b - a:+.3f} ± {math.hypot(u, v):.3f}; {b - base:+.3f} ± "
+            f"{math.hypot(v, base_error):.3f}"
+        )
+    return lines
 
 
 def page(r: dict) -> str:
@@ -46,7 +70,7 @@ def page(r: dict) -> str:
         "",
         f"{r['rows']} rows of 64 bytes of the models of seed 0: perplexity a byte under a decoder trained on "
         f"the same text ({true['judge_loss']:.3f} nats on held-out rows of 256), its standard error, "
-        "perplexity under a bigram model, unigram entropy in nats. Held-out rows of this length have "
+        "perplexity under a bigram model, unigram entropy in nats. The first 64 held-out rows of this length have "
         f"{true['perplexity']:.1f} ± {true['error']:.1f}, {true['bigram']:.1f} and "
         f"{true['entropy']:.2f}.",
     ]
@@ -63,6 +87,7 @@ def page(r: dict) -> str:
                     f"{c['perplexity']:.1f} ± {c['error']:.1f}; {c['bigram']:.1f}; {c['entropy']:.2f}"
                 ))  # fmt: skip
             lines.append(f"| {sampler} | {' | '.join(cells)} |")
+        lines += ["", *changes(r, which, samplers, calls)]
     return "\n".join([*lines, ""])
 
 
