@@ -70,7 +70,7 @@ def page(r: dict) -> str:
         "",
         f"{r['rows']} rows of 64 bytes of the models of seed 0: perplexity a byte under a decoder trained on "
         f"the same text ({true['judge_loss']:.3f} nats on held-out rows of 256), its standard error, "
-        "perplexity under a bigram model, unigram entropy in nats. The first 64 held-out rows of this length have "
+        "perplexity under a bigram model, unigram entropy in nats. The first 64 held-out rows so long have "
         f"{true['perplexity']:.1f} ± {true['error']:.1f}, {true['bigram']:.1f} and "
         f"{true['entropy']:.2f}.",
     ]
