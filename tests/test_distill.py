@@ -78,6 +78,7 @@ def test_the_teacher_is_frozen_within_a_round_and_then_the_student(taught):
     assert np.mean(losses[ROUND - 6 : ROUND]) < 0.8 * np.mean(losses[:3])
 
 
+@pytest.mark.slow
 def test_without_a_distance_a_student_has_nothing_to_learn(taught):
     run = dataclasses.replace(PAIR, objective=Dcd(T=10**9), steps=1)
     ((_, loss),) = steps(run, params={"student": taught, "teacher": taught})
