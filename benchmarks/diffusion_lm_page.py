@@ -29,7 +29,8 @@ def cell(record: dict, which: str, sampler: str, calls: int) -> dict | None:
 
 def changes(r: dict, which: str, samplers: list[str], calls: list[int]) -> list[str]:
     """From the calls that are at least the length of a row to the most: change in log-perplexity."""
-    some = [n for n in calls if n >= LENGTH and cell(r, which, samplers[0], n)]
+    known = lambda n: all(cell(r, which, sampler, n) for sampler in samplers)  # noqa: E731
+    some = [n for n in calls if n >= LENGTH and known(n)]
     if len(some) < 2:
         return []
     lines = [
