@@ -49,10 +49,12 @@ class Dcd:
         delta = dcd_delta(batch["step"], self.T, self.every)
         t = jnp.clip(sample_times(time_key, len(x0)) + delta, 0, 1)
         s = jnp.maximum(t - delta, 0)
-        gammas = [self.gamma_min + (self.gamma_max - self.gamma_min) * x[:, None] for x in (t, s)]
+        gamma_t, gamma_s = (
+            self.gamma_min + (self.gamma_max - self.gamma_min) * x[:, None] for x in (t, s)
+        )
         operator = make_operator(vocab, self.gamma_min, self.gamma_max)
-        z_t, z_s = dcd_pair(pair_key, x0, *gammas, vocab)
-        sigma_t, sigma_s = (-jnp.log(operator(g).alpha[:, 0]) for g in gammas)
+        z_t, z_s = dcd_pair(pair_key, x0, gamma_t, gamma_s, vocab)
+        sigma_t, sigma_s = (-jnp.log(operator(g).alpha[:, 0]) for g in (gamma_t, gamma_s))
         how = where | {"deterministic": False, "rngs": {"dropout": dropout_key}}
         student = apply(params, z_t, sigma_t, **how)
         teacher = jax.lax.stop_gradient(apply(params, z_s, sigma_s, who="teacher", **where))

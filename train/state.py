@@ -128,6 +128,8 @@ def make_train_step(
     the counters. An objective with `refresh(params, step)` may change what is frozen before a step.
     """
 
+    refresh = getattr(objective, "refresh", None)
+
     def gradient(params, step, batch, key):
         train, frozen = split(params, freeze)
 
@@ -138,8 +140,8 @@ def make_train_step(
         return jax.tree.map(lambda g: g.astype(jnp.float32), grads), value, metrics
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict]:
-        if hasattr(objective, "refresh"):
-            state = state._replace(params=objective.refresh(state.params, state.step))
+        if refresh is not None:
+            state = state._replace(params=refresh(state.params, state.step))
         key = jax.random.fold_in(jax.random.key(seed), state.step)
         grad = functools.partial(gradient, state.params, state.step)
         grads, loss, metrics = in_microbatches(grad, accumulate, batch, key)
