@@ -1,11 +1,11 @@
 """Cost of the sparse curriculum and of a Psi-sampler step, in one run.
 
-    python benchmarks/psi.py
+    python benchmarks/psi.py [--peer-python PATH_OF_A_PYTHON_WITH_TORCH]
 
 Embeddings of relaxed tokens, dense against sparse, with temporary memory at two vocabularies; one
 sampler step after the logits against posterior and Gumbel noise; compilations of a sweep over
-kappa. Rounds alternate, so that a busy machine slows all alike. Writes psi_<platform>.json and .md
-into --out.
+kappa; with a peer, the plain formulas in PyTorch beside both. Rounds alternate, so that a busy machine
+slows all alike. Writes psi_<platform>.json and .md into --out.
 """
 
 import argparse
@@ -21,6 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.machine import described, environment, load, publish, spread  # noqa: E402
+from benchmarks.peer import Peer  # noqa: E402
 from jaxlab import diffusion as d  # noqa: E402
 
 LEVEL = (0.98, 0.2, 1e-3)  # alpha, sigma, tau
@@ -68,16 +69,21 @@ def compiled(fn, *args) -> tuple:
     return lambda: jax.block_until_ready(run(key, *args)), temporary
 
 
-def measure(calls: dict, repeats: int) -> dict:
+def measure(what: str, calls: dict, repeats: int, peer: Peer | None) -> dict:
     """Times in alternating rounds, the first of which warms up, and temporary bytes."""
-    times = {name: [] for name in calls}
+    times = {name: [] for name in [*calls, *(["torch"] if peer else [])]}
     for rounds in range(repeats + 1):
-        for name, (call, _) in calls.items():
+        for name in times:
             begin = time.perf_counter()
-            call()
+            if name == "torch":
+                seconds = peer.ask("time", what=what)
+            else:
+                calls[name][0]()
+                seconds = time.perf_counter() - begin
             if rounds:
-                times[name].append(time.perf_counter() - begin)
-    return {name: spread(times[name]) | {"temporary_bytes": calls[name][1]} for name in calls}
+                times[name].append(seconds)
+    memory = {name: {"temporary_bytes": temporary} for name, (_, temporary) in calls.items()}
+    return {name: spread(x) | memory.get(name, {}) for name, x in times.items()}
 
 
 def compilations(n: int) -> int:
@@ -110,12 +116,10 @@ def markdown(r: dict) -> str:
         base = next(iter(r[what].values()))
         for form, row in r[what].items():
             ms = f"{1e3 * row['min_s']:.2f} ({1e3 * row['median_s']:.2f})"
-            gain = (
-                base["min_s"] / row["min_s"],
-                base["temporary_bytes"] / max(row["temporary_bytes"], 1),
-            )
-            mib = f"{row['temporary_bytes'] / 2**20:.2f}"
-            lines.append(f"| {what} | {form} | {ms} | {mib} | {gain[0]:.1f} | {gain[1]:.1f} |")
+            faster, mib, smaller = base["min_s"] / row["min_s"], "", ""
+            if (own := row.get("temporary_bytes")) is not None:
+                mib, smaller = f"{own / 2**20:.2f}", f"{base['temporary_bytes'] / max(own, 1):.1f}"
+            lines.append(f"| {what} | {form} | {ms} | {mib} | {faster:.1f} | {smaller} |")
     small, large = (r["relaxation_temporary_bytes"][str(v)] for v in r["vocabularies"])
     lines += [
         "",
@@ -135,6 +139,7 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=256)
     parser.add_argument("--k", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=5, help="timing rounds of each form")
+    parser.add_argument("--peer-python", help="interpreter with torch, for the plain formulas")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     options = parser.parse_args()
     if options.repeats < 1:
@@ -148,20 +153,34 @@ def main() -> None:
         )[1]
         for v in vocabularies
     }
-    record = environment() | {
-        "tokens": options.tokens,
-        "vocab": options.vocab,
-        "width": options.width,
-        "k": options.k,
-        "repeats": options.repeats,
-        "curriculum": measure(curricula(*sizes, options.k), options.repeats),
-        "step": measure(steps(options.tokens, options.vocab), options.repeats),
-        "vocabularies": vocabularies,
-        "relaxation_temporary_bytes": relaxed,
-        "schedules": schedules,
-        "compilations": compilations(schedules),
-    }
+    peer, torch = None, {}
+    if options.peer_python:
+        peer = Peer(options.peer_python, ROOT / "benchmarks" / "peers" / "psi_torch.py")
+        coef = d.step_coefs(d.SamplerConfig(options.vocab, 10))
+        alphas = float(coef.alpha_s[5]), float(coef.alpha_t[5])
+        given = dict(zip(("tokens", "vocab", "width"), sizes, strict=True))
+        torch = peer.ask("build", **given, level=LEVEL, alphas=alphas)
+    rounds = options.repeats, peer
+    record = (
+        environment()
+        | torch
+        | {
+            "tokens": options.tokens,
+            "vocab": options.vocab,
+            "width": options.width,
+            "k": options.k,
+            "repeats": options.repeats,
+            "curriculum": measure("curriculum", curricula(*sizes, options.k), *rounds),
+            "step": measure("step", steps(options.tokens, options.vocab), *rounds),
+            "vocabularies": vocabularies,
+            "relaxation_temporary_bytes": relaxed,
+            "schedules": schedules,
+            "compilations": compilations(schedules),
+        }
+    )
     record["load"] += load()
+    if peer:
+        peer.close()
     publish(record, markdown(record), options.out, "psi")
 
 

@@ -107,7 +107,7 @@ def test_the_judge_is_the_bigram_model_of_the_demo():
 
 
 def test_presets_are_legal():
-    for name in ("mdlm", "udlm", "duo", "duo_pp"):
+    for name in ("mdlm", "udlm", "duo", "duo_pp", "dcd"):
         presets()[name].make().check(1)
 
 

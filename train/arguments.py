@@ -105,8 +105,14 @@ def parser() -> argparse.ArgumentParser:
     _overrides(compile_)
 
     import_ = add("import", "make a run directory of a model from elsewhere")
-    import_.add_argument("format", choices=["hf"], help="a Hugging Face directory")
-    import_.add_argument("folder", type=_folder, help="with config.json and *.safetensors")
+    import_.add_argument(
+        "format",
+        choices=["hf", "teacher"],
+        help="a Hugging Face directory, or a run that a distillation (dcd) starts from",
+    )
+    import_.add_argument(
+        "folder", type=_folder, help="with config.json, and *.safetensors or checkpoints"
+    )
     _overrides(import_)
     import_.add_argument(
         "--run-dir", type=_folder, help="run directory to make (default: runs/NAME of the folder)"

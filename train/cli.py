@@ -270,6 +270,14 @@ def import_(args: argparse.Namespace, presets: Mapping[str, Preset]) -> int:
     folder = args.run_dir or Path("runs") / args.folder.absolute().name
     check_folder(folder, False)
     start(args)
+    if args.format == "teacher":
+        if args.lora or args.adapter:
+            raise ValueError("--lora and --adapter mean nothing to a distillation")
+        from train.distill import start_distillation
+
+        preset = presets["dcd"].make()
+        print(start_distillation(args.folder, preset, folder, args.overrides))
+        return OK
     from train.exchange import import_hf
 
     print(import_hf(args.folder, folder, args.overrides, args.lora, args.adapter))

@@ -200,7 +200,10 @@ def _next(run: Run, folder: Path, config: str, assignments: list[str]) -> list[s
     from train.evaluate import HeldOut
 
     there, lines = shlex.quote(str(folder)), []
-    if hasattr(run.source, "tokenizer"):
+    denoises = hasattr(run.objective, "prior")  # whole rows, without a prompt
+    if denoises:
+        lines.append(f"sample {there} --views 4")
+    elif hasattr(run.source, "tokenizer"):
         prompt = "The for statement" if "builtin:pydoc" in run.source.files else "The"
         lines.append(f'sample {there} --prompt "{prompt}"')
     if run.evaluators:
@@ -211,6 +214,8 @@ def _next(run: Run, folder: Path, config: str, assignments: list[str]) -> list[s
         ]
         lines.append(" ".join(["eval", there, *whole]))
     if run.origin:  # a run in another folder would have no weights to start from
+        if denoises:
+            return [*lines, "list"]
         return [*lines, f"export hf {there} {shlex.quote(f'{folder}-hf')}", "list"]
     kept = [shlex.quote(a) for a in assignments if a.partition("=")[0] != "steps"]
     longer = shlex.quote(f"{folder}-longer")

@@ -153,9 +153,10 @@ def reconcile(run: Run, folder: Path, allow: tuple[str, ...]) -> None:
 def refuse_random(run: Run, folder: Path, fresh: bool) -> None:
     """ValueError where a run of imported weights would start from random ones."""
     if run.origin and (fresh or not any((folder / "checkpoints").glob("[0-9]*"))):
+        kind = "teacher" if hasattr(run.objective, "refresh") else "hf"
         raise ValueError(
             f"the run starts from the weights of {run.origin}, and {folder} would start from random "
-            f"ones: jaxlab import hf {shlex.quote(run.origin)} --run-dir NEW makes another run of "
+            f"ones: jaxlab import {kind} {shlex.quote(run.origin)} --run-dir NEW makes another run of "
             f"them; origin= starts from random ones"
         )
 

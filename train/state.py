@@ -125,8 +125,10 @@ def make_train_step(
     The gradient is that of sum(loss) / sum(weight) over the whole global batch, however it is cut
     into microbatches and devices. What `freeze` names gets no gradient, no optimiser state and no
     update. A step whose loss or gradient is not finite changes nothing but
-    the counters.
+    the counters. An objective with `refresh(params, step)` may change what is frozen before a step.
     """
+
+    refresh = getattr(objective, "refresh", None)
 
     def gradient(params, step, batch, key):
         train, frozen = split(params, freeze)
@@ -138,6 +140,8 @@ def make_train_step(
         return jax.tree.map(lambda g: g.astype(jnp.float32), grads), value, metrics
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict]:
+        if refresh is not None:
+            state = state._replace(params=refresh(state.params, state.step))
         key = jax.random.fold_in(jax.random.key(seed), state.step)
         grad = functools.partial(gradient, state.params, state.step)
         grads, loss, metrics = in_microbatches(grad, accumulate, batch, key)

@@ -26,6 +26,12 @@ from jaxlab.diffusion.forward import (
     q_probs,
     q_sample,
 )  # fmt: skip
+from jaxlab.diffusion.hmm import (
+    HMM,
+    hmm_denoiser,
+    hmm_log_prob,
+    hmm_sample,
+)  # fmt: skip
 from jaxlab.diffusion.losses import (
     masked_nelbo,
     nelbo_mean,
@@ -74,6 +80,7 @@ from jaxlab.diffusion.schedules import (
 )  # fmt: skip
 
 __all__ = [
+    "HMM",
     "Level",
     "PsiSpec",
     "SamplerConfig",
@@ -90,6 +97,9 @@ __all__ = [
     "gaussian_topk",
     "gen_ppl_mask",
     "guided_probs",
+    "hmm_denoiser",
+    "hmm_log_prob",
+    "hmm_sample",
     "ids_from_draws",
     "inverse_cdf_step",
     "inverse_cosine",
