@@ -25,7 +25,8 @@ class MemoryModel(NamedTuple):
 class CommModel(NamedTuple):
     """Operands of collectives, in units of one head of s tokens, and how many collectives.
 
-    A step is forward and backward without rematerialisation around the layer.
+    A step is forward and backward without rematerialisation around the layer, of stages but not of a
+    single one, which is plain Ulysses.
     """
 
     unit_bytes: float
@@ -119,7 +120,8 @@ def comm_model(
         there, back = 2 * num_kv_heads, 2 * num_kv_heads * context
         moving = context > 1
         return CommModel(unit, there * moving, 2 * moving, (there + back) * moving, 4 * moving)
-    stages, passes = s.n_outer * s.n_inner, 3 if method in STAGED else 2
+    stages = s.n_outer * s.n_inner
+    passes = 3 if stages > 1 else 2  # a single stage is not made again
     units, calls = 0, 0
     if method != "ring" and context > 1:
         units, calls = 2 * num_heads + 2 * s.he, 2 * stages + 2 * s.n_outer

@@ -194,4 +194,6 @@ def test_memory_grows_with_the_stage_and_is_least_with_the_smallest():
     # The spec asks for 3.6; JAX 0.10 needs 3.2, 0.11 3.4.
     assert small <= 3.6 and small <= 0.5 * ulysses
     # Without the checkpoint Ulysses keeps what its gradient needs, and no more.
-    assert temporaries("upipe", 8, kept=False) <= 0.7 * temporaries("ulysses", kept=False)
+    ulysses = temporaries("ulysses", kept=False)
+    assert temporaries("upipe", 8, kept=False) <= 0.7 * ulysses
+    assert temporaries("upipe", 32, kept=False) <= 1.05 * ulysses

@@ -98,6 +98,7 @@ def test_published_counts(method, shape, expected):
         ("usp", dict(ring=2, context=4), None),
         ("upipe_ring", dict(ring=4, context=2), 4),
         ("upipe_ring", dict(context=4), None),
+        ("upipe", dict(context=4), 16),
     ],
 )
 def test_counts_are_those_of_the_program(method, axes, u, dtype):

@@ -156,7 +156,9 @@ def _forward(how: _How, q, k, v, segments):
 def _backward(how: _How, saved, dout):
     q, k, v, segments, out, lse = saved
     t, lib, wide = q.shape[1], _lib("kernel"), jnp.float32
-    seq_minor = {name: lib.QKVLayout.HEAD_DIM_MINOR for name in ("q_layout", "k_layout", "v_layout")}
+    seq_minor = {
+        name: lib.QKVLayout.HEAD_DIM_MINOR for name in ("q_layout", "k_layout", "v_layout")
+    }
     common = dict(bq=how.block, bkv=how.block, sinks=None, **seq_minor, **how.keywords)
     di = jnp.einsum("gtk,gtk->gt", out, dout, preferred_element_type=wide)
     put = jax.lax.dynamic_update_slice_in_dim
