@@ -54,7 +54,8 @@ def memory_model(
     """Activation memory of one attention block by the paper's accounting (section 4 of the note).
 
     With accounting 'xla' the peaks of the TPU compiler: the weights and their gradients count, the
-    model's own width, and `_XLA` more tensors, fitted to benchmarks/results/context_memory_*.json for ulysses and upipe.
+    model's own width, and `_XLA` more tensors, fitted to benchmarks/results/context_memory_*.json for
+    ulysses and upipe.
     `batch` is that of one device. `heads_per_stage` None is the smallest legal number. ValueError for
     a geometry that `sharding.context.check_context` refuses, and for method 'none'.
     """
@@ -162,7 +163,8 @@ def choose_heads_per_stage(
 ) -> int:
     """The largest legal `heads_per_stage` whose backward pass needs at most `budget_bytes`.
 
-    `accounting` is that of `memory_model`. Larger stages are fewer and faster. ValueError, naming the smallest need, when none fits.
+    `accounting` is that of `memory_model`. Larger stages are fewer and faster. ValueError, naming the
+    smallest need, when none fits.
     """
     method = "upipe_ring" if ring > 1 else "upipe"
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from sharding.topology import parse_topology
 from train.report import compiled
 from train.run import Run
 
@@ -31,6 +32,7 @@ def sweep(
     Each row goes to `file` (JSON) as it is made; rows that are there, of the same `base`, are not made
     again. Table and plot are put beside it. A point that is refused has a row that says why.
     """
+    parse_topology(topology)
     record = json.loads(file.read_text()) if file.exists() else {"rows": []}
     if record.setdefault("base", [base, topology]) != [base, topology]:
         raise ValueError(f"{file} is of {record['base']}, not of {[base, topology]}: name another")
