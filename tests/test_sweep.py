@@ -2,6 +2,7 @@
 
 import json
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -22,7 +23,8 @@ def test_points_are_every_combination():
 
 
 def test_rows_are_made_once_and_refusals_say_why(tmp_path, monkeypatch):
-    made = []
+    made: list[Any] = []
+    make: Any = list
 
     def compiled(run, topology):
         made.append(run)
@@ -37,14 +39,14 @@ def test_rows_are_made_once_and_refusals_say_why(tmp_path, monkeypatch):
 
     monkeypatch.setattr(module, "compiled", compiled)
     file = tmp_path / "rows" / "sweep.json"
-    text = sweep(list, ["m=a,b", "n=2,3"], "v5e:2x4", "tiny", file)
+    text = sweep(make, ["m=a,b", "n=2,3"], "v5e:2x4", "tiny", file)
     assert len(made) == 4
     assert "| m=a, n=2 | yes | 3.00 | 1.00 | 0.50 | - | 1.0 | - | - |" in text
     assert "| m=b, n=3 | n=3 is odd |" in text
-    again = sweep(list, ["m=a", "n=2,4"], "v5e:2x4", "tiny", file)
+    again = sweep(make, ["m=a", "n=2,4"], "v5e:2x4", "tiny", file)
     assert len(made) == 5 and "| m=a, n=4 | no |" in again
     assert len(json.loads(file.read_text())["rows"]) == 5
     assert file.with_suffix(".md").read_text() == again
     assert file.with_suffix(".png").stat().st_size > 0
     with pytest.raises(ValueError, match="name another"):
-        sweep(list, ["m=a"], "v5p:2x2x2", "tiny", file)
+        sweep(make, ["m=a"], "v5p:2x2x2", "tiny", file)

@@ -84,11 +84,12 @@ class _How(NamedTuple):
 
     def info(self, by_keys: bool, queries, keys, length_q: int, length_k: int):
         """The mask of queries and keys whose first ones have these positions, for a kernel."""
-        first = [
-            start + jnp.arange(0, length, self.block, dtype=jnp.int32)
-            for start, length in ((queries, length_q), (keys, length_k))
-        ]
-        kinds = block_kinds(self.rule, *first, self.block)
+        starts = lambda first, length: (  # noqa: E731
+            first + jnp.arange(0, length, self.block, dtype=jnp.int32)
+        )
+        kinds = block_kinds(
+            self.rule, starts(queries, length_q), starts(keys, length_k), self.block
+        )
         small = jnp.int8 if max(kinds.shape) <= 128 else jnp.int16
         # Of the queries as the kernel counts the keys, which is from 0.
         places = queries - keys + jnp.arange(length_q, dtype=jnp.int32)
