@@ -25,8 +25,7 @@ class MemoryModel(NamedTuple):
 class CommModel(NamedTuple):
     """Operands of collectives, in units of one head of s tokens, and how many collectives.
 
-    A step is forward and backward without rematerialisation around the layer, of stages but not of a
-    single one, which is plain Ulysses.
+    A step is forward and backward without rematerialisation around the layer.
     """
 
     unit_bytes: float
@@ -125,8 +124,7 @@ def comm_model(
         there, back = 2 * num_kv_heads, 2 * num_kv_heads * context
         moving = context > 1
         return CommModel(unit, there * moving, 2 * moving, (there + back) * moving, 4 * moving)
-    stages = s.n_outer * s.n_inner
-    passes = 3 if stages > 1 else 2  # a single stage is not made again
+    stages, passes = s.n_outer * s.n_inner, 3 if method in STAGED else 2
     units, calls = 0, 0
     if method != "ring" and context > 1:
         units, calls = 2 * num_heads + 2 * s.he, 2 * stages + 2 * s.n_outer

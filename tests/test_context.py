@@ -277,13 +277,12 @@ def layer_and_step(method, heads_per_stage=None, axes=None, **options):
 
 @pytest.mark.parametrize("u, stages, chunks", [(8, 4, 1), (16, 2, 1), (32, 1, 1), (None, 4, 1)])
 def test_keys_are_sent_once_and_everything_three_times_a_step(u, stages, chunks):
-    """Twice without the checkpoint where there is one stage only, which is Ulysses."""
     layer, step, kept, args = layer_and_step("upipe", u)
     unit = S // C * D_HEAD * 4
     calls = 2 * stages + 2 * chunks
     assert count_collectives(layer, *args) == {"all_to_all": (calls, (2 * H + 2 * HKV) * unit)}
-    for f, passes in ((step, 3 if stages > 1 else 2), (kept, 3)):
-        assert count_collectives(f, *args)["all_to_all"] == (passes * calls, passes * 80 * unit)
+    for f in (step, kept):
+        assert count_collectives(f, *args)["all_to_all"] == (3 * calls, 240 * unit)
 
 
 def test_several_chunks_of_keys_are_each_sent_once():

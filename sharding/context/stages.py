@@ -113,8 +113,7 @@ def staged(
     """A chunk of key/value heads after the other, and within it a slice of queries after the other."""
     remat = functools.partial(jax.checkpoint, policy=POLICIES[policy], prevent_cse=False)
     if schedule.n_outer == schedule.n_inner == 1:
-        # Nothing comes after it to reuse its memory: made again, it would need more, not less.
-        return whole(layer, x, w)
+        return remat(functools.partial(whole, layer))(x, w)
     cut = {"o": schedule.n_outer, "t": schedule.n_inner, "r": schedule.cp_size, "i": schedule.gt}
     wq = rearrange(w.wq, "d (o r j t i) k -> o t d (r j i) k", **cut)
     wo = rearrange(w.wo, "(o r j t i) k d -> o t (r j i) k d", **cut)
