@@ -14,7 +14,9 @@ import datetime
 import json
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from sharding.topology import tpu_aot_environment
 
@@ -28,12 +30,11 @@ from jax.sharding import PartitionSpec as P  # noqa: E402
 
 from configs import llama3_8b, qwen3_32b  # noqa: E402
 from sharding.context import attention_layer  # noqa: E402
+from sharding.context.checks import BALANCED, TWO_LEVEL  # noqa: E402
 from sharding.plan import compile_report, memory_model, topology_devices  # noqa: E402
 
 MODELS = {"llama3_8b": llama3_8b.run().model, "qwen3_32b": qwen3_32b.run().model}
 GIB = 2**30
-# Of vector memory: blocks of 2048 tokens, which more than 512k of them need, take more than its default.
-OPTIONS = {"xla_tpu_scoped_vmem_limit_kib": "65536"}
 
 
 def split(method: str) -> tuple[str, int | None]:
@@ -42,16 +43,18 @@ def split(method: str) -> tuple[str, int | None]:
     return name, int(stage) if stage else None
 
 
-def row(topology: str, model: str, tokens: int, method: str) -> dict:
-    """Compiles one layer and says what it needs, in bytes a device."""
-    c, (name, stage) = MODELS[model], split(method)
-    devices = np.array(topology_devices(topology))
-    mesh = Mesh(devices, ("context",), axis_types=(AxisType.Auto,))
+def layer_step(devices: list, c: Any, tokens: int, method: str) -> tuple[Callable, tuple]:
+    """Forward and backward of one layer of model `c` on `devices`, and its abstract arguments."""
+    name, stage = split(method)
+    # Methods of two levels: half of the slice's devices exchange heads, the halves are a ring.
+    ring = 2 if name in TWO_LEVEL else 1
+    shape = np.array(devices).reshape(ring, -1)
+    mesh = Mesh(shape, ("ring", "context"), axis_types=(AxisType.Auto,) * 2)
 
     def placed(*shape, spec=()):
         return jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=NamedSharding(mesh, P(*spec)))
 
-    x = placed(1, tokens, c.d_model, spec=(None, "context"))
+    x = placed(1, tokens, c.d_model, spec=(None, ("ring", "context")))
     heads = [placed(c.d_model, n, c.head_dim) for n in (c.heads, c.kv_heads, c.kv_heads)]
     wo = placed(c.heads, c.head_dim, c.d_model)
     keep = jax.checkpoint_policies.save_only_these_names("attn_y")
@@ -60,19 +63,27 @@ def row(topology: str, model: str, tokens: int, method: str) -> dict:
         return attention_layer(
             *args, mesh=mesh, method=name, heads_per_stage=stage,
             inv_freq=np.ones(c.head_dim // 2, np.float32),
-            layout="zigzag" if name in ("ring", "allgather") else "contiguous",
+            layout="zigzag" if name in BALANCED else "contiguous",
         )  # fmt: skip
 
     def step(dy, *args):
         y, pull = jax.vjp(jax.checkpoint(layer, policy=keep), *args)
         return y, pull(dy)
 
+    return step, (x, x, *heads, wo)
+
+
+def row(topology: str, model: str, tokens: int, method: str) -> dict:
+    """Compiles one layer and says what it needs, in bytes a device."""
+    c, (name, stage) = MODELS[model], split(method)
+    devices = topology_devices(topology)
+    step, args = layer_step(devices, c, tokens, method)
     begin = time.perf_counter()
-    jitted = jax.jit(step, compiler_options=OPTIONS)
-    report = compile_report(jitted, (x, x, *heads, wo), topology=topology)
+    report = compile_report(jax.jit(step), args, topology=topology)
+    ring = 2 if name in TWO_LEVEL else 1
     model_ = memory_model(
         name, seq_len=tokens, num_heads=c.heads, num_kv_heads=c.kv_heads, head_dim=c.head_dim,
-        model_dim=c.d_model, context=devices.size, heads_per_stage=stage,
+        model_dim=c.d_model, context=len(devices) // ring, ring=ring, heads_per_stage=stage,
     )  # fmt: skip
     memory = report.memory
     return {

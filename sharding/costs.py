@@ -52,8 +52,9 @@ def memory_model(
 ) -> MemoryModel:
     """Activation memory of one attention block by the paper's accounting (section 4 of the note).
 
-    With accounting 'xla' the peaks of the TPU compiler: the weights and their gradients count, and
-    `_XLA` more tensors, fitted to benchmarks/results/context_memory_*.json for ulysses and upipe.
+    With accounting 'xla' the peaks of the TPU compiler: the weights and their gradients count, the
+    model's own width, and `_XLA` more tensors, fitted to benchmarks/results/context_memory_*.json for
+    ulysses and upipe.
     `batch` is that of one device. `heads_per_stage` None is the smallest legal number. ValueError for
     a geometry that `sharding.context.check_context` refuses, and for method 'none'.
     """
@@ -86,12 +87,16 @@ def memory_model(
     if accounting == "paper":
         return MemoryModel(float(t), forward * t, backward * t)
     weights = 2 * model_dim * (num_heads + num_kv_heads) * head_dim * dtype_bytes
-    backward += _XLA.get(method, 0.0)
-    return MemoryModel(float(t), forward * t + weights, backward * t + 2 * weights)
+    # x, its gradient, y and its gradient are as wide as the model, not as all heads together.
+    wider = seq_len // (context * ring) * batch * model_dim * dtype_bytes - t
+    backward += _XLA.get(method, 0.0) * f
+    return MemoryModel(
+        float(t), forward * t + wider + weights, backward * t + 4 * wider + 2 * weights
+    )
 
 
-# T beyond the paper's backward pass in the compiler's peak.
-_XLA = {"ulysses": -0.3, "upipe": 0.4}
+# Tensors of the queries of one stage beyond the paper's backward pass, in the compiler's peak.
+_XLA = {"ulysses": -0.3, "upipe": 1.6}
 
 
 def comm_model(
@@ -152,10 +157,12 @@ def choose_heads_per_stage(
     ring: int = 1,
     batch: int = 1,
     dtype_bytes: int = 2,
+    accounting: str = "paper",
 ) -> int:
     """The largest legal `heads_per_stage` whose backward pass needs at most `budget_bytes`.
 
-    Larger stages are fewer and faster. ValueError, naming the smallest need, when none fits.
+    `accounting` is that of `memory_model`. Larger stages are fewer and faster. ValueError, naming the
+    smallest need, when none fits.
     """
     method = "upipe_ring" if ring > 1 else "upipe"
 
@@ -163,7 +170,7 @@ def choose_heads_per_stage(
         model = memory_model(
             method, seq_len=seq_len, num_heads=num_heads, num_kv_heads=num_kv_heads,
             head_dim=head_dim, model_dim=model_dim, context=context, ring=ring, heads_per_stage=u,
-            batch=batch, dtype_bytes=dtype_bytes,
+            batch=batch, dtype_bytes=dtype_bytes, accounting=accounting,
         )  # fmt: skip
         return model.backward_bytes
 

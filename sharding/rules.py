@@ -23,14 +23,15 @@ RULES: Rules = {
     "cache": None,
     "layers": None,
     "members": None,
-    "embed": "fsdp",
+    # Shards of the sequence share one copy of the parameters too, gathered a layer at a time.
+    "embed": ("fsdp", "ring", "context"),
     "heads": "tensor",
     "kv_heads": "tensor",
     "head_dim": None,
     "mlp": "tensor",
     "vocab": "tensor",
     # The look-up table is split by rows only: any other layout makes XLA gather it whole.
-    "vocab_in": ("tensor", "fsdp"),
+    "vocab_in": ("tensor", "fsdp", "ring", "context"),
     "norm": None,
 }
 

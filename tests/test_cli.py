@@ -197,6 +197,7 @@ WRONG = [
     ("export-dtype", "export hf run out --dtype int4", "invalid choice: 'int4'"),
     ("topology", "compile --config tiny --topology v5p:2x2x9", "v5p:2x2x"),
     ("chip", "compile --config tiny --topology v9:2x2", "v9"),
+    ("sweep", "compile --config tiny --topology v5e:2x4 --sweep seed", "must be FIELD=VALUE"),
     ("coordinator", "train tiny --coordinator localhost:1", "belong together"),
     ("process-id", "train tiny --coordinator h:1 --processes 2 --process-id 2", "must be in 0..1"),
     ("address", "train tiny --coordinator h --processes 2 --process-id 0", "HOST:PORT"),

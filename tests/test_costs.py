@@ -98,6 +98,7 @@ def test_published_counts(method, shape, expected):
         ("usp", dict(ring=2, context=4), None),
         ("upipe_ring", dict(ring=4, context=2), 4),
         ("upipe_ring", dict(context=4), None),
+        ("upipe", dict(context=4), 16),
     ],
 )
 def test_counts_are_those_of_the_program(method, axes, u, dtype):
@@ -146,18 +147,28 @@ def test_there_is_no_model_of_the_compiler():
         memory_model("none", seq_len=64, **(LLAMA | dict(context=1)))
 
 
-RECORD = Path(__file__).parents[1] / "benchmarks/results/context_memory_llama3_8b_v5p_2x2x2.json"
+RESULTS = Path(__file__).parents[1] / "benchmarks/results"
+COMPILED = [
+    pytest.param(model, row, id=f"{row['method']} {row['tokens']} {file.stem[15:]}")
+    for name, model in (("llama3_8b", LLAMA), ("qwen3_32b", QWEN))
+    for file in sorted(RESULTS.glob(f"context_memory_{name}_*.json"))
+    for row in json.loads(file.read_text())["rows"]
+    if row["peak_bytes"]
+]
 
 
-@pytest.mark.parametrize("row", json.loads(RECORD.read_text())["rows"], ids=lambda r: r["method"])
-def test_the_compilers_peaks_are_within_a_tenth(row):
-    """Rows that the TPU compiler gave, of one layer of Llama 3 8B on 8 chips, forward and backward."""
+@pytest.mark.parametrize("geometry, row", COMPILED)
+def test_the_compilers_peaks_are_within_a_tenth(geometry, row):
+    """Rows that the TPU compiler gave, of one layer on 8 chips, forward and backward."""
     method, _, stage = row["method"].partition(":")
-    model = memory_model(
-        method, seq_len=row["tokens"], num_heads=32, num_kv_heads=8, head_dim=128, model_dim=4096,
-        context=8, heads_per_stage=int(stage) if stage else None, accounting="xla",
-    )  # fmt: skip
+    how = dict(seq_len=row["tokens"], accounting="xla", **geometry)
+    model = memory_model(method, heads_per_stage=int(stage) if stage else None, **how)
     assert abs(model.backward_bytes / row["peak_bytes"] - 1) < 0.1
+    if stage:
+        assert choose_heads_per_stage(model.backward_bytes, **how) == int(stage)
+
+
+def test_another_accounting_is_an_error():
     with pytest.raises(ValueError, match="accounting='tpu' must be 'paper' or 'xla'"):
         memory_model(
             "ring", seq_len=64, num_heads=4, num_kv_heads=4, head_dim=2, model_dim=8, context=2,

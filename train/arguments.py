@@ -102,6 +102,14 @@ def parser() -> argparse.ArgumentParser:
     compile_ = add("compile", "compile the real train step for a TPU slice that is not here")
     compile_.add_argument("--config", required=True, help="name of a configuration")
     compile_.add_argument("--topology", required=True, help="v5p:2x2x2, v5e:2x4, v6e:2x4, ...")
+    compile_.add_argument(
+        "--sweep", action="append", default=[], metavar="FIELD=A,B,...",
+        help="compile for each of these values; may be repeated: every combination",
+    )  # fmt: skip
+    compile_.add_argument(
+        "--out", type=Path, default=Path("sweep.json"), metavar="FILE",
+        help="rows of a sweep, kept as they are made; table and plot beside it",
+    )  # fmt: skip
     _overrides(compile_)
 
     import_ = add("import", "make a run directory of a model from elsewhere")

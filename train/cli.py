@@ -299,6 +299,13 @@ def compile_(args: argparse.Namespace, presets: Mapping[str, Preset]) -> int:
     from sharding.topology import tpu_aot_environment
 
     os.environ.update(tpu_aot_environment())
+    if args.sweep:
+        from train.sweep import sweep
+
+        make = lambda point: resolve(presets, args.config, [*args.overrides, *point])  # noqa: E731
+        base = " ".join([args.config, *args.overrides])
+        print(sweep(make, args.sweep, args.topology, base, args.out))
+        return OK
     from train.report import compile_for
 
     print(compile_for(run, args.topology))

@@ -72,7 +72,15 @@ def plan(run: Run) -> str:
 
 def compile_for(run: Run, topology: str) -> str:
     """Compiles the train step of `run` for a TPU `topology` and tabulates what it needs."""
-    from sharding.plan import compile_report, format_report
+    from sharding.plan import format_report
+
+    head, report = compiled(run, topology)
+    return f"{head}\n{format_report(report)}"
+
+
+def compiled(run: Run, topology: str) -> tuple[str, Any]:
+    """A line about the train step of `run` on a TPU `topology`, and its `CompileReport`."""
+    from sharding.plan import compile_report
     from sharding.topology import parse_topology, topology_devices
     from train.meter import forward_flops
     from train.trainer import build
@@ -90,8 +98,7 @@ def compile_for(run: Run, topology: str) -> str:
         )
     mesh = " x ".join(f"{k}={v}" for k, v in program.mesh.shape.items() if v > 1)
     shape = " x ".join(map(str, next(iter(program.batch.values())).shape))
-    head = f"{topology}: {len(devices)} devices, mesh {mesh}, batch {shape}"
-    return f"{head}\n{format_report(report)}"
+    return f"{topology}: {len(devices)} devices, mesh {mesh}, batch {shape}", report
 
 
 def locate(path: Path) -> tuple[Path, int | None]:

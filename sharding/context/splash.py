@@ -1,22 +1,27 @@
-"""TPU attention: JAX's splash kernel, with tables of blocks made by rule instead of by looking.
+"""TPU attention: JAX's splash kernels, piece after piece of a sequence of any length.
 
-The kernel's own mask classes look at every pair of tokens on the host: minutes at 256K tokens. Which
-blocks are empty, whole or neither follows from their first and last tokens alone.
+The kernels' own mask classes look at every pair of tokens on the host: minutes at 256K tokens. Which
+blocks are empty, whole or neither follows from their first and last tokens alone. These tables go to
+scalar memory, which holds those of some rows of blocks only, and what the kernels write is padded to
+128 lanes: so queries are taken in pieces, and keys in the pass for their gradients.
 """
 
 import functools
 import importlib
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from einops import rearrange
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from jaxlab.masks import Rule
 
 _LANES = 128  # of a TPU register: what lengths and head dims must be multiples of
-_MOST_BLOCKS = 512  # a side: tables of more do not fit in the scalar memory
+_MOST_BLOCKS = 512 * 512  # of a piece: more of them in a table do not fit in the scalar memory
+_LEAST_BLOCKS = 64  # a side of a piece, where the table allows it: fewer are not worth a kernel
 
 
 def splash_problem(q) -> str:
@@ -26,15 +31,7 @@ def splash_problem(q) -> str:
         return f"splash needs a length and a head dim divisible by {_LANES}, got {t} and {d}"
     if jnp.dtype(q.dtype).itemsize > 4:
         return f"splash computes in float32, got {q.dtype}"
-    if _block(t) is None:
-        return f"splash needs at most {_MOST_BLOCKS} blocks of 128 to 2048 tokens, got {t} tokens"
     return ""
-
-
-def _block(length: int) -> int | None:
-    """Tokens of a block. 2048, whose buffers need a larger xla_tpu_scoped_vmem_limit_kib, at need."""
-    fitting = [b for b in (1024, 512, 256, 128, 2048) if length % b == 0]
-    return next((b for b in fitting if length // b <= _MOST_BLOCKS), None)
 
 
 def splash_attention(
@@ -49,87 +46,177 @@ def splash_attention(
     softcap: float | None,
     interpret: bool = False,
 ) -> Float[Array, "b t h k"]:
-    """`dense_attention` by the kernel; `interpret` runs it anywhere, slowly."""
-    kernel = _kernel(Rule(causal, 1.0, window, softcap), q.shape[1], interpret)
-    ids = importlib.import_module(_PACKAGE + "kernel").SegmentIds
-    # Heads first, those that share keys together: the kernel is for one key head.
+    """`dense_attention` by the kernels; `interpret` runs them anywhere, slowly."""
+    how = _How(Rule(causal, 1.0, window, softcap), interpret, *_pieces(q.shape[1]))
+    # Heads first, those that share keys together: the kernels are for one key head.
     q = rearrange(q * jnp.asarray(scale, q.dtype), "b t (h g) k -> b h g t k", h=k.shape[2])
     k, v = (rearrange(x, "b t h k -> b h t k") for x in (k, v))
-    segments = None if segment_ids is None else ids(segment_ids, segment_ids)
-    heads = jax.vmap(kernel, (0, 0, 0, None))
-    out = jax.vmap(heads, (0, 0, 0, None if segments is None else 0))(q, k, v, segments)
+    heads = jax.vmap(functools.partial(_attend, how), (0, 0, 0, None))
+    out = jax.vmap(heads, (0, 0, 0, None if segment_ids is None else 0))(q, k, v, segment_ids)
     return rearrange(out, "b h g t k -> b t (h g) k")
 
 
-_PACKAGE = "jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_"
+def _pieces(length: int) -> tuple[int, int]:
+    """Tokens of a block, and of a piece: an eighth of the sequence, within the limits above."""
+    block = next(b for b in (1024, 512, 256, 128) if length % b == 0)
+    n = length // block
+    most = max(1, min(_MOST_BLOCKS // n, max(n // 8, _LEAST_BLOCKS)))
+    return block, block * next(c for c in range(min(most, n), 0, -1) if n % c == 0)
 
 
-def _kernel(rule: Rule, length: int, interpret: bool):
-    """The kernel for one key/value head."""
-    lib = importlib.import_module(_PACKAGE + "kernel")
-    info = importlib.import_module(_PACKAGE + "mask_info").MaskInfo
-    block = _block(length)
-    assert block
-    masked = rule.causal or rule.window is not None
-    # Computed by the program: as a constant it would be megabytes of its text.
-    places = jnp.arange(length, dtype=jnp.int32) if masked else None
+class _How(NamedTuple):
+    """What is static: mask, whether to interpret, tokens of a block and of a piece."""
 
-    def allowed(i, j):
-        """Of the positions of queries and keys."""
-        tests = [j <= i] if rule.causal else []
-        if rule.window is not None:
-            tests += [i - j < rule.window, j - i < rule.window]
-        return functools.reduce(jnp.logical_and, tests)
+    rule: Rule
+    interpret: bool
+    block: int
+    piece: int
 
-    by_queries, by_keys = (
-        info(following[None], None, kinds[None], None, places)
-        for kinds, following in _tables(rule, length, block)
-    )
-    sizes = lib.BlockSizes(
-        block_q=block, block_kv=block, block_q_dq=block, block_kv_dq=block, block_q_dkv=block,
-        block_kv_dkv=block,
-    )  # fmt: skip
-    return lib.SplashAttentionKernel(
-        by_queries, by_queries, by_keys,
-        block_sizes=sizes, is_mqa=True, save_residuals=False,
-        mask_value=lib.DEFAULT_MASK_VALUE, attn_logits_soft_cap=rule.softcap,
-        residual_checkpoint_name="attn_out", mask_function=allowed if masked else None,
-        interpret=interpret,
-    )  # fmt: skip
+    @property
+    def keywords(self) -> dict[str, Any]:
+        """Of all kernels."""
+        masked = self.rule.causal or self.rule.window is not None
+        return dict(
+            is_mqa=True, mask_value=_lib("kernel").DEFAULT_MASK_VALUE, interpret=self.interpret,
+            attn_logits_soft_cap=self.rule.softcap,
+            mask_function=functools.partial(_allowed, self.rule) if masked else None,
+        )  # fmt: skip
+
+    def info(self, by_keys: bool, queries, keys, length_q: int, length_k: int):
+        """The mask of queries and keys whose first ones have these positions, for a kernel."""
+        starts = lambda first, length: (  # noqa: E731
+            first + jnp.arange(0, length, self.block, dtype=jnp.int32)
+        )
+        kinds = block_kinds(
+            self.rule, starts(queries, length_q), starts(keys, length_k), self.block
+        )
+        small = jnp.int8 if max(kinds.shape) <= 128 else jnp.int16
+        # Of the queries as the kernel counts the keys, which is from 0.
+        places = queries - keys + jnp.arange(length_q, dtype=jnp.int32)
+        return _lib("mask_info").MaskInfo(
+            next_blocks(kinds, by_keys).astype(small)[None], None, kinds.astype(jnp.int8)[None],
+            None, places if self.keywords["mask_function"] else None,
+        )  # fmt: skip
+
+    def pieces(self, function: Callable, start: Any, length: int):
+        """`function(i, carry)` for the first token i of each piece of `length` tokens."""
+        turn = lambda n, carry: function(n * self.piece, carry)  # noqa: E731
+        return jax.lax.fori_loop(0, length // self.piece, turn, start)
+
+    def cut(self, x, i, axis: int):
+        """The piece of x from token i."""
+        return jax.lax.dynamic_slice_in_dim(x, i, self.piece, axis)
+
+    def segments(self, ids, i=None, by_keys: bool = False):
+        """Of queries and keys; of the one cut into pieces those of the piece from token i."""
+        if ids is None:
+            return None
+        part = self.cut(ids, i, 0)
+        return _lib("kernel").SegmentIds(*((ids, part) if by_keys else (part, ids)))
 
 
-@functools.lru_cache(maxsize=16)
-def _tables(rule: Rule, length: int, block: int) -> tuple[tuple[np.ndarray, np.ndarray], ...]:
-    """Kinds of blocks and the blocks to fetch, walked by queries and by keys, in small types."""
-    kinds = block_kinds(rule, length, block)
-    small = np.int8 if len(kinds) < 128 else np.int16
-    return tuple(
-        (kinds.astype(np.int8), next_blocks(kinds, by_keys).astype(small))
-        for by_keys in (False, True)
-    )
+def _lib(name: str) -> Any:
+    package = "jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_"
+    return importlib.import_module(package + name)
 
 
-def block_kinds(rule: Rule, length: int, block: int) -> np.ndarray:
-    """int [n, n]: 0 where no query of the block sees a key of it, 2 where each sees all, else 1."""
-    first = np.arange(0, length, block)
-    # Of query minus key, in a block: the least and the most.
-    least = first[:, None] - first[None] - (block - 1)
-    most = least + 2 * (block - 1)
-    low = 0 if rule.causal else -length
-    high = length
+def _allowed(rule: Rule, i, j):
+    """Of the positions of queries and keys."""
+    tests = [j <= i] if rule.causal else []
     if rule.window is not None:
-        low, high = max(low, 1 - rule.window), rule.window - 1
-    some = (most >= low) & (least <= high)
-    return some + (some & (least >= low) & (most <= high)).astype(int)
+        tests += [i - j < rule.window, j - i < rule.window]
+    return functools.reduce(jnp.logical_and, tests)
 
 
-def next_blocks(kinds: np.ndarray, by_keys: bool) -> np.ndarray:
-    """int [n, n]: at each place of the walk, the block to fetch for the next one that is not empty.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend(how: _How, q, k, v, segments):
+    """Of q [g, t, k], scaled, over one key/value head [t, k]."""
+    return _forward(how, q, k, v, segments)[0]
+
+
+def _forward(how: _How, q, k, v, segments):
+    g, t, _ = q.shape
+    sizes = _lib("kernel").BlockSizes(block_q=how.block, block_kv=how.block)
+
+    def piece(i, carry):
+        info = how.info(False, i, 0, how.piece, t)
+        kernel = _lib("kernel").SplashAttentionKernel(
+            info, None, None, block_sizes=sizes, save_residuals=True,
+            residual_checkpoint_name=None, **how.keywords,
+        )  # fmt: skip
+        out, (lse,) = kernel(how.cut(q, i, 1), k, v, how.segments(segments, i))
+        put = jax.lax.dynamic_update_slice_in_dim
+        return put(carry[0], out, i, 1), put(carry[1], lse, i, 1)
+
+    start = jnp.zeros((g, t, v.shape[1]), q.dtype), jnp.zeros((g, t), jnp.float32)
+    out, lse = how.pieces(piece, start, t)
+    out, lse = checkpoint_name(out, "attn_out"), checkpoint_name(lse, "attn_lse")
+    return out, (q, k, v, segments, out, lse)
+
+
+def _backward(how: _How, saved, dout):
+    q, k, v, segments, out, lse = saved
+    t, lib, wide = q.shape[1], _lib("kernel"), jnp.float32
+    seq_minor = {
+        name: lib.QKVLayout.HEAD_DIM_MINOR for name in ("q_layout", "k_layout", "v_layout")
+    }
+    common = dict(bq=how.block, bkv=how.block, sinks=None, **seq_minor, **how.keywords)
+    di = jnp.einsum("gtk,gtk->gt", out, dout, preferred_element_type=wide)
+    put = jax.lax.dynamic_update_slice_in_dim
+
+    def queries(i, dq):
+        part = lib._splash_attention_bwd_dq(
+            q=how.cut(q, i, 1), k=k, v=v, segment_ids=how.segments(segments, i),
+            logsumexp=how.cut(lse, i, 1), do=how.cut(dout, i, 1), di=how.cut(di, i, 1),
+            mask_info=how.info(False, i, 0, how.piece, t), **common,
+        )  # fmt: skip
+        return put(dq, part, i, 1)
+
+    def keys(i, carry):
+        _, *parts = lib._splash_attention_bwd_dkv(
+            q=q, k=how.cut(k, i, 0), v=how.cut(v, i, 0), logsumexp=lse, do=dout, di=di,
+            segment_ids=how.segments(segments, i, by_keys=True), bkv_compute=how.block,
+            mask_info=how.info(True, 0, i, t, how.piece), use_fused_bwd_kernel=False, **common,
+        )  # fmt: skip
+        return tuple(put(x, part, i, 0) for x, part in zip(carry, parts, strict=True))
+
+    dk, dv = how.pieces(keys, (jnp.zeros_like(k), jnp.zeros_like(v)), t)
+    dq = how.pieces(queries, jnp.zeros_like(q), t)
+    return dq, dk, dv, None
+
+
+_attend.defvjp(_forward, _backward)
+
+
+def block_kinds(
+    rule: Rule, queries: Int[Array, "n"], keys: Int[Array, "m"], block: int
+) -> Int[Array, "n m"]:
+    """0 where no query of the block sees a key of it, 2 where each sees all, else 1.
+
+    `queries` and `keys` are the first positions of blocks of `block` tokens.
+    """
+    # Of query minus key, in a block: the least and the most.
+    least = queries[:, None] - keys[None] - (block - 1)
+    most = least + 2 * (block - 1)
+    some = every = jnp.full(least.shape, True)
+    if rule.causal:
+        some, every = most >= 0, least >= 0
+    if rule.window is not None:
+        some &= (most > -rule.window) & (least < rule.window)
+        every &= (least > -rule.window) & (most < rule.window)
+    return some + (some & every).astype(jnp.int32)
+
+
+def next_blocks(kinds: Int[Array, "n m"], by_keys: bool) -> Int[Array, "n m"]:
+    """At each place of the walk, the block to fetch for the next one that is not empty.
 
     A walk goes by queries, then by keys, and gives blocks of keys; `by_keys` the other way round.
     """
-    walk = (kinds.T if by_keys else kinds).reshape(-1) > 0
-    there = np.flatnonzero(walk)
-    following = there[np.searchsorted(there, np.arange(walk.size)) % len(there)]
-    blocks = (following % len(kinds)).reshape(kinds.shape)
+    walk = kinds.T if by_keys else kinds
+    places = jnp.arange(walk.size, dtype=jnp.int32)
+    there = jnp.where(walk.reshape(-1) > 0, places, walk.size)
+    # From the end back: the first one at or after each place, or else the first of all.
+    following = jax.lax.cummin(there, reverse=True)
+    following = jnp.where(following < walk.size, following, following[0])
+    blocks = (following % walk.shape[1]).reshape(walk.shape)
     return blocks.T if by_keys else blocks
