@@ -201,7 +201,9 @@ def _next(run: Run, folder: Path, config: str, assignments: list[str]) -> list[s
 
     there, lines = shlex.quote(str(folder)), []
     if hasattr(run.source, "tokenizer"):
-        prompt = "The for statement" if "builtin:pydoc" in getattr(run.source, "files", ()) else "The"
+        prompt = (
+            "The for statement" if "builtin:pydoc" in getattr(run.source, "files", ()) else "The"
+        )
         lines.append(f'sample {there} --prompt "{prompt}"')
     if run.evaluators:
         whole = [

@@ -30,7 +30,11 @@ class PassAtK:
 
     def check(self, run) -> None:
         _check_reason(self, run)
-        if self.problems < 2 or not self.ks or not 1 <= min(self.ks) <= max(self.ks) <= self.samples:
+        if (
+            self.problems < 2
+            or not self.ks
+            or not 1 <= min(self.ks) <= max(self.ks) <= self.samples
+        ):
             raise ValueError(
                 f"evaluator PassAtK: ks={self.ks} must be from 1 to samples={self.samples} and "
                 f"problems={self.problems} at least 2"
@@ -98,7 +102,7 @@ class Interference:
         return evaluate
 
     def _report(self, apply, params, rows, correct):
-        m, n = self.problems, self.samples // 2
+        m = self.problems
         weigh = lambda k: rl.pkpo_weights(correct, k, "wrloo", binary=True)  # noqa: E731
 
         def weighted(params, example):
@@ -124,7 +128,9 @@ class Interference:
         sizes = jnp.vdot(both_k[0], both_k[1]), jnp.vdot(both_1[0], both_1[1])
         same = jnp.vdot(both_k.mean(0), both_1.mean(0))
         # Unbiased squares may be below 0: the cosine is then not known.
-        cosine = crossed / jnp.sqrt(jnp.where(jnp.minimum(*sizes) > 0, sizes[0] * sizes[1], jnp.nan))
+        cosine = crossed / jnp.sqrt(
+            jnp.where(jnp.minimum(*sizes) > 0, sizes[0] * sizes[1], jnp.nan)
+        )
         return rl.interference_report(kernel, q, p, self.k) | {
             "crossfit": crossed, "crossfit_cosine": cosine, "same_samples": same, "pass@1": p.mean(),
         }  # fmt: skip
