@@ -11,7 +11,6 @@ import dataclasses
 import sys
 from pathlib import Path
 
-import jax
 import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent

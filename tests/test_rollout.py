@@ -41,6 +41,28 @@ def small(**changes) -> Run:
     return dataclasses.replace(run, **changes)
 
 
+class Sums:
+    """Stands for reasoning-gym, which may not be installed: sums of two digits."""
+
+    names = ("sums",)
+
+    def __init__(self, tasks, seed, split):
+        self.first = seed + 50 * (split == "valid")
+
+    def __getitem__(self, i):
+        a, b = divmod((self.first + 7 * i) % 100, 10)
+        return {"question": f"{a}+{b}=", "answer": str(a + b)}
+
+    def correct(self, i, problem, text):
+        return text[:1] == problem["answer"][:1]  # so that chance is right now and then
+
+
+@pytest.fixture
+def sums(monkeypatch):
+    monkeypatch.setattr("train.rollout.sampler.Problems", Sums)
+    monkeypatch.setattr("train.data.reason.Problems", Sums)
+
+
 def parameters(folder, step=None):
     program = trainer.build(load_run(folder))
     checkpoints = Checkpoints(folder / "checkpoints", read_only=True)
@@ -97,7 +119,9 @@ def test_weights_of_pass_at_k_make_its_gradient():
 def test_columns_penalise_length_and_name_uninformative_groups():
     correct, lengths = np.array([[1, 0.0], [1, 1]]), np.array([[2, 4], [2, 2]])
     got = shape(correct, lengths, jnp.ones((4, 4)), Advantage("drgrpo", overlong=2), 4)
-    assert np.allclose(got["adv"], [1, -1, 0, 0]) and np.allclose(got["adv_reference"], [1, -1, 0, 0])
+    assert np.allclose(got["adv"], [1, -1, 0, 0]) and np.allclose(
+        got["adv_reference"], [1, -1, 0, 0]
+    )
     assert got["informative"].tolist() == [1, 1, 0, 0]
 
 
@@ -181,7 +205,6 @@ def test_problems_are_random_access_and_splits_differ():
 
 
 def test_state_of_a_collector_is_what_is_not_used_yet():
-    pytest.importorskip("reasoning_gym")
     source = Collector(dataclasses.replace(SOURCE, lag=1), 4, 0)
     assert source.get_state() is None
     rng = np.random.default_rng(0)
@@ -192,8 +215,7 @@ def test_state_of_a_collector_is_what_is_not_used_yet():
     assert all(np.array_equal(other._waiting[0][n], rows[n]) for n in rows)
 
 
-def test_a_run_on_rollouts_learns_and_logs(tmp_path):
-    pytest.importorskip("reasoning_gym")
+def test_a_run_on_rollouts_learns_and_logs(tmp_path, sums):
     assert trainer.fit(small(steps=2), tmp_path / "a", quiet=True).code == trainer.DONE
     rows = read(tmp_path / "a")
     ratio, reward = (series(rows, "train", name)[1] for name in ("ratio", "reward"))
@@ -202,7 +224,7 @@ def test_a_run_on_rollouts_learns_and_logs(tmp_path):
 
 
 @pytest.mark.slow
-def test_lagged_rollouts_resume_to_the_same_parameters(tmp_path):
+def test_lagged_rollouts_resume_to_the_same_parameters(tmp_path, sums):
     """Killed with samples waiting: they are in the checkpoint."""
     run = small(source=dataclasses.replace(SOURCE, lag=2), steps=5)
     trainer.fit(run, tmp_path / "whole", quiet=True)
@@ -215,7 +237,7 @@ def test_lagged_rollouts_resume_to_the_same_parameters(tmp_path):
 
 
 @pytest.mark.slow
-def test_eight_devices_do_what_one_does(tmp_path):
+def test_eight_devices_do_what_one_does(tmp_path, sums):
     """Groups of four answers lie over eight devices; evaluators and protection included."""
     for name, mesh in (("one", MeshShape(data=1)), ("eight", MeshShape(data=2, fsdp=4))):
         run = small(
@@ -230,7 +252,7 @@ def test_eight_devices_do_what_one_does(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_run_starts_from_another_and_keeps_it_as_reference(tmp_path):
+def test_a_run_starts_from_another_and_keeps_it_as_reference(tmp_path, sums):
     supervised = Reason(tasks=TASK, prompt=28, new=4)
     first = small(source=supervised, objective=NextToken(), steps=2)
     trainer.fit(first, tmp_path / "sft", quiet=True)

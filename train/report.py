@@ -168,6 +168,7 @@ def summary(
 ) -> str:
     """The last screen of a run: figures, where things are, and what to try next."""
     from train.metrics import perplexity, plot_loss
+    from train.rollout.plot import plot_policy
 
     picture = plot_loss(folder)
     values = outcome.values
@@ -184,6 +185,10 @@ def summary(
     if "sample" in values:
         text = "\n    ".join(values["sample"].strip().splitlines()[:8])
         lines += ["  sample", f"    {text}"]
+    if (curves := plot_policy(folder)) is not None:
+        passed = [n for n in values if n.startswith("valid/pass@") and f"{n}_ci95" in values]
+        lines += [f"  {n[6:]:<15} {values[n]:.3f} ± {values[f'{n}_ci95']:.3f}" for n in passed]
+        lines.append(f"  pass@k, interference over time: {curves}")
     board = shlex.quote(f"{folder}/tensorboard")
     lines += [
         f"  run directory   {folder}  (config.json, metrics.jsonl, checkpoints/)",
