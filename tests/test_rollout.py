@@ -1,7 +1,13 @@
 """Rollouts as a source: rows, advantages, the adapter, protection; whole runs are slow."""
 
 import dataclasses
+import os
 import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +34,7 @@ from train.rollout.sampler import _rows
 from train.rollout.source import Collector, Rollouts
 from train.run import Run, load_run
 
+ROOT = Path(__file__).parent.parent
 MODEL = DecoderConfig(layers=1, d_model=16, heads=2, kv_heads=2, head_dim=8, mlp=16)
 TASK = ("basic_arithmetic min_terms=2 max_terms=2 max_digits=1",)
 SOURCE = Rollouts(tasks=TASK, prompt=28, new=4, samples=4, advantage=Advantage("rloo"))
@@ -232,6 +239,32 @@ def test_lagged_rollouts_resume_to_the_same_parameters(tmp_path, sums):
     for step in (3, 4, 5):
         shutil.rmtree(tmp_path / "cut" / "checkpoints" / str(step), ignore_errors=True)
     trainer.fit(run, tmp_path / "cut", quiet=True)
+    pairs = zip(parameters(tmp_path / "whole"), parameters(tmp_path / "cut"), strict=True)
+    assert all(np.array_equal(a, b) for a, b in pairs)
+
+
+@pytest.mark.slow
+def test_a_kill_amid_rollouts_changes_nothing(tmp_path):
+    """The process dies without a word, wherever it is; the same command ends at the same parameters."""
+    pytest.importorskip("reasoning_gym")
+    model = "layers=1 d_model=16 heads=2 kv_heads=2 head_dim=8 mlp=16"
+    words = [f"model.{word}" for word in model.split()]
+    words += ["start=", "batch=16", "save_every=2", "eval_every=0", "evaluators.0.problems=2"]
+    words += ["evaluators.1.problems=2", "source.lag=1", "steps=12", "log_every=1", "--quiet"]
+    env = os.environ | {"PYTHONPATH": str(ROOT), "JAX_NUM_CPU_DEVICES": "1"}
+
+    def begin(folder):
+        command = [sys.executable, "-m", "configs", "train", "rl_reason", *words]
+        return subprocess.Popen([*command, "--run-dir", str(folder)], env=env, cwd=tmp_path)
+
+    assert begin(tmp_path / "whole").wait(300) == 0
+    killed = begin(tmp_path / "cut")
+    while killed.poll() is None and len(series(read(tmp_path / "cut"), "train", "loss")[0]) < 5:
+        time.sleep(0.005)
+    killed.kill()
+    assert killed.wait() == -signal.SIGKILL
+    assert begin(tmp_path / "cut").wait(300) == 0
+    assert any(r["kind"] == "resume" for r in read(tmp_path / "cut"))
     pairs = zip(parameters(tmp_path / "whole"), parameters(tmp_path / "cut"), strict=True)
     assert all(np.array_equal(a, b) for a, b in pairs)
 

@@ -24,6 +24,7 @@ from train.optimizer import make_optimizer, split
 from train.processes import all_or_none
 from train.run import Run, described
 from train.rundir import (
+    begins,
     claimed,
     failures,
     reconcile,
@@ -142,7 +143,7 @@ def fit(
             refuse_random(run, folder, fresh)
             if not fresh:
                 reconcile(run, folder, allow)
-            if run.start:
+            if run.start and begins(folder, fresh):
                 starting_run(run)
             program = build(run)
             check_space(folder, state_bytes(program.state))
@@ -190,10 +191,7 @@ def fit(
         for step, why in rejected.items():
             out.warn(f"checkpoint step {step} set aside as unusable: {why}")
         if state is None:
-            if run.start:
-                state = program.warm(starting_parameters(run))
-            else:
-                state = program.init()
+            state = program.warm(starting_parameters(run)) if run.start else program.init()
         else:
             out.say(f"resumed at step {start} from {checkpoints.folder}", "green")
         out.record("resume" if start else "start", start, {})
