@@ -30,6 +30,7 @@ from train.optimizer import Optimizer
 from train.policy import Policy
 from train.rollout.advantages import GROUPED, Advantage, advantages, shape
 from train.rollout.evaluate import Interference, PassAtK
+from train.rollout.plot import plot_policy
 from train.rollout.sampler import _rows
 from train.rollout.source import Collector, Rollouts
 from train.run import Run, load_run
@@ -49,7 +50,7 @@ def small(**changes) -> Run:
 
 
 class Sums:
-    """Stands for reasoning-gym, which may not be installed: sums of two digits."""
+    """Stands for reasoning-gym, which may not be installed; its verifier is not about the sums."""
 
     names = ("sums",)
 
@@ -61,7 +62,7 @@ class Sums:
         return {"question": f"{a}+{b}=", "answer": str(a + b)}
 
     def correct(self, i, problem, text):
-        return text[:1] == problem["answer"][:1]  # so that chance is right now and then
+        return sum(text.encode()) % 2 == 0  # untrained models are right half of the time
 
 
 @pytest.fixture
@@ -228,6 +229,7 @@ def test_a_run_on_rollouts_learns_and_logs(tmp_path, sums):
     ratio, reward = (series(rows, "train", name)[1] for name in ("ratio", "reward"))
     assert np.allclose(ratio, 1, atol=1e-4) and all(0 <= r <= 1 for r in reward)
     assert all(1 <= length <= 4 for length in series(rows, "train", "length")[1])
+    assert set(reward) - {0.0, 1.0} and max(series(rows, "train", "grad_norm")[1]) > 0
 
 
 @pytest.mark.slow
@@ -236,6 +238,7 @@ def test_lagged_rollouts_resume_to_the_same_parameters(tmp_path, sums):
     run = small(source=dataclasses.replace(SOURCE, lag=2), steps=5)
     trainer.fit(run, tmp_path / "whole", quiet=True)
     shutil.copytree(tmp_path / "whole", tmp_path / "cut")
+    assert set(series(read(tmp_path / "whole"), "train", "reward")[1]) - {0.0, 1.0}
     for step in (3, 4, 5):
         shutil.rmtree(tmp_path / "cut" / "checkpoints" / str(step), ignore_errors=True)
     trainer.fit(run, tmp_path / "cut", quiet=True)
@@ -271,17 +274,33 @@ def test_a_kill_amid_rollouts_changes_nothing(tmp_path):
 
 @pytest.mark.slow
 def test_eight_devices_do_what_one_does(tmp_path, sums):
-    """Groups of four answers lie over eight devices; evaluators and protection included."""
+    """Groups of four answers lie over eight devices, two rows each; protection included."""
     for name, mesh in (("one", MeshShape(data=1)), ("eight", MeshShape(data=2, fsdp=4))):
         run = small(
             mesh=mesh, steps=2,
             source=dataclasses.replace(SOURCE, advantage=Advantage("pkpo_wrloo", 2)),
             optimizer=Optimizer(name="sgd", lr=0.1, protect=0.9),
-            evaluators=(PassAtK(problems=4, samples=8, ks=(1, 4)), Interference(2, 8, 2)),
         )  # fmt: skip
         trainer.fit(run, tmp_path / name, quiet=True)
-    for a, b in zip(parameters(tmp_path / "one"), parameters(tmp_path / "eight"), strict=True):
+    one, eight = (series(read(tmp_path / name), "train", "reward") for name in ("one", "eight"))
+    assert one == eight and set(one[1]) - {0.0, 1.0}
+    moved = 0.0
+    start = parameters(tmp_path / "one", 1)
+    for a, b, c in zip(*(parameters(tmp_path / n) for n in ("one", "eight")), start, strict=True):
         assert np.allclose(a, b, atol=1e-5)
+        moved = max(moved, np.abs(a - c).max())
+    assert moved > 1e-3
+
+
+@pytest.mark.slow
+def test_evaluators_report_pass_at_k_and_interference(tmp_path, sums):
+    run = small(evaluators=(PassAtK(4, 8, (1, 4)), Interference(3, 8, 2)), steps=1)
+    found = trainer.fit(run, tmp_path / "run", quiet=True).values
+    assert 0 <= found["valid/pass@1"] <= found["valid/pass@4"] <= 1
+    assert abs(found["valid/pass@1"] - found["valid/pass@1/sums"]) < 1e-6
+    assert found["valid/pass@1_ci95"] >= 0
+    assert np.isfinite(found["interference/crossfit"])
+    assert found["interference/mean_weight"] <= 2 and plot_policy(tmp_path / "run").is_file()
 
 
 @pytest.mark.slow
