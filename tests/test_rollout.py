@@ -254,6 +254,8 @@ def test_a_kill_amid_rollouts_changes_nothing(tmp_path):
     words = [f"model.{word}" for word in model.split()]
     words += ["start=", "batch=16", "save_every=2", "eval_every=0", "evaluators.0.problems=2"]
     words += ["evaluators.1.problems=2", "source.lag=1", "steps=12", "log_every=1", "--quiet"]
+    # An untrained model earns nothing: its entropy, where it sampled, is what moves the parameters.
+    words += ["objective.loss.entropy_coef=0.1", "optimizer.lr=0.01"]
     env = os.environ | {"PYTHONPATH": str(ROOT), "JAX_NUM_CPU_DEVICES": "1"}
 
     def begin(folder):
@@ -268,6 +270,7 @@ def test_a_kill_amid_rollouts_changes_nothing(tmp_path):
     assert killed.wait() == -signal.SIGKILL
     assert begin(tmp_path / "cut").wait(300) == 0
     assert any(r["kind"] == "resume" for r in read(tmp_path / "cut"))
+    assert min(series(read(tmp_path / "whole"), "train", "grad_norm")[1]) > 0
     pairs = zip(parameters(tmp_path / "whole"), parameters(tmp_path / "cut"), strict=True)
     assert all(np.array_equal(a, b) for a, b in pairs)
 
