@@ -3,7 +3,7 @@
 Launch:   jaxlab train sft_reason; jaxlab train rl_reason
           jaxlab train rl_reason source.advantage.kind=pkpo_wrloo source.advantage.k=4 \\
               objective.loss.kind=pg optimizer.protect=0.9 --run-dir runs/protected
-Expected: see docs/rl.md
+Expected: not measured to the end yet; first figures are in docs/rl.md
 """
 
 from configs.sft_reason import run as supervised

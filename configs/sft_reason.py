@@ -1,7 +1,7 @@
 """Supervised start of the reasoning tasks: a byte LM of 0.8 M parameters learns their form.
 
 Launch:   pip install 'jaxlab[rl]'; jaxlab train sft_reason
-Expected: see docs/rl.md
+Expected: not measured to the end yet; first figures are in docs/rl.md
 """
 
 from models.decoder import DecoderConfig

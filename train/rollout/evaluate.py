@@ -125,12 +125,7 @@ class Interference:
         kernel = kernel.at[jnp.diag_indices(m)].set(diagonal)
         both_1, both_k = g_1.mean(0), g_k.mean(0)
         crossed = rl.crossfit_inner_product((both_k[0], both_1[0]), (both_k[1], both_1[1]))
-        sizes = jnp.vdot(both_k[0], both_k[1]), jnp.vdot(both_1[0], both_1[1])
         same = jnp.vdot(both_k.mean(0), both_1.mean(0))
-        # Unbiased squares may be below 0: the cosine is then not known.
-        cosine = crossed / jnp.sqrt(
-            jnp.where(jnp.minimum(*sizes) > 0, sizes[0] * sizes[1], jnp.nan)
-        )
         return rl.interference_report(kernel, q, p, self.k) | {
-            "crossfit": crossed, "crossfit_cosine": cosine, "same_samples": same, "pass@1": p.mean(),
+            "crossfit": crossed, "same_samples": same, "pass@1": p.mean(),
         }  # fmt: skip
