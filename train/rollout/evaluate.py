@@ -86,7 +86,8 @@ class Interference:
 
     def make(self, scene):
         sampler = Sampler(scene, self.samples, "valid", scene.run.seed + 1)
-        report = jax.jit(functools.partial(self._report, scene.apply))
+        temperature = getattr(scene.run.source, "temperature", 1.0)
+        report = jax.jit(functools.partial(self._report, scene.apply, temperature))
 
         def evaluate(params, step):
             # Other problems at every evaluation, so that estimates may be averaged over time.
@@ -101,7 +102,7 @@ class Interference:
 
         return evaluate
 
-    def _report(self, apply, params, rows, correct):
+    def _report(self, apply, temperature, params, rows, correct):
         m = self.problems
         weigh = lambda k: rl.pkpo_weights(correct, k, "wrloo", binary=True)  # noqa: E731
 
@@ -109,7 +110,8 @@ class Interference:
             """The sum over answers of a problem's half of weight * log-probability."""
             part, weights = example
             logits = apply(params, part["tokens"], part["positions"], part["segment_ids"])
-            logp = rl.logprobs_from_logits(logits, jnp.maximum(part["targets"], 0))
+            targets = jnp.maximum(part["targets"], 0)
+            logp = rl.logprobs_from_logits(logits, targets, temperature=temperature)
             return jnp.sum(weights[:, None] * part["mask"] * logp)
 
         flat = lambda x: x.reshape(m * 2, *x.shape[2:])  # noqa: E731
