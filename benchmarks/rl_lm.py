@@ -102,7 +102,8 @@ def table(records: list[dict]) -> list[list[str]]:
             values = [r[name] for r in mine if name in r]
             mean, error = mean_and_error(values) if values else (float("nan"), 0.0)
             digits = ".2e" if name == "crossfit" else ".3f"
-            cells.append(f"{mean:{digits}} ± {1.96 * error:{digits}}" if values else "")
+            interval = f" ± {1.96 * error:{digits}}" if len(values) > 1 else ""
+            cells.append(f"{mean:{digits}}{interval}" if values else "")
         lines.append(cells)
     return lines
 
