@@ -70,4 +70,4 @@ def protect_average(
         mix = lambda old, new: decay * old + (1 - decay) * new  # noqa: E731
         return updates, Protected(jax.tree.map(mix, state.average, reference_grads), after)
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return optax.GradientTransformationExtraArgs(init, update)  # type: ignore[arg-type]

@@ -4,6 +4,7 @@ import base64
 import dataclasses
 import functools
 import io
+from collections.abc import Mapping
 from typing import Annotated, Any
 
 import jax
@@ -83,7 +84,7 @@ class Collector:
         if c.reference:
             self._reference = starting_parameters(scene.run)
 
-    def batch_from(self, step: int, params: Any) -> dict[str, jax.Array]:
+    def batch_from(self, step: int, params: Any) -> Mapping[str, jax.Array]:
         """The global batch of a step, of samples at most `lag` updates old."""
         if not self._waiting:
             count = self.config.lag + 1
@@ -112,7 +113,7 @@ class Collector:
         if not self._waiting:
             return None
         file = io.BytesIO()
-        named = {f"{i}/{n}": x for i, rows in enumerate(self._waiting) for n, x in rows.items()}
+        named: Any = {f"{i}/{n}": x for i, rows in enumerate(self._waiting) for n, x in rows.items()}
         np.savez_compressed(file, **named)
         return base64.b64encode(file.getvalue()).decode()
 
