@@ -113,7 +113,9 @@ class Collector:
         if not self._waiting:
             return None
         file = io.BytesIO()
-        named: Any = {f"{i}/{n}": x for i, rows in enumerate(self._waiting) for n, x in rows.items()}
+        named: Any = {
+            f"{i}/{n}": x for i, rows in enumerate(self._waiting) for n, x in rows.items()
+        }
         np.savez_compressed(file, **named)
         return base64.b64encode(file.getvalue()).decode()
 
