@@ -83,7 +83,7 @@ class Feed:
 
     Three kinds of source: `batch_at(step, rows)` is a pure function of the step; `__next__` is a
     stream, whose state belongs in the checkpoint; `batch_from(step, params)` looks at the
-    parameters and returns global arrays.
+    parameters and returns global arrays; the trainer gives it the run's `Scene` by `attach`.
     """
 
     def __init__(self, source: Any, mesh: Mesh, step: int, ahead: int = 2, order=None):

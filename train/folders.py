@@ -95,6 +95,29 @@ def parameters(run: Any, folder: Path, step: int | None):
     return program, got.state, got.step
 
 
+def starting_run(run: Any):
+    """(run, folder, step) that `run.start` names, with the model and mesh of `run`, which is checked.
+
+    ValueError when it names none, or one of another model.
+    """
+    from train.report import locate
+    from train.run import COMPUTED, difference, load_run, within
+
+    if not run.start:
+        raise ValueError("start='' must name the run whose parameters are the reference")
+    folder, step = locate(Path(run.start))
+    before = load_run(folder)
+    for path, old, new in difference(before.model, run.model):
+        if not within(f"model.{path}", COMPUTED):
+            raise ValueError(f"start={run.start}: its model.{path} is {old}, here it is {new}")
+    return dataclasses.replace(before, model=run.model, mesh=run.mesh), folder, step
+
+
+def starting_parameters(run: Any):
+    """The parameters of `starting_run`, placed as `run` has its own."""
+    return parameters(*starting_run(run))[1]
+
+
 SOURCE_CONFIG = "hf_config.json"  # the config.json of what was imported, in its run
 
 

@@ -52,6 +52,7 @@ class Meter:
         if self.compiling:
             # The first step's time is the compiler's.
             self.compiling, self.count, self.begin = False, 0, time.perf_counter()
+            self.data_wait = self.checkpoint = 0.0
             return bad_run
         self.pace = (time.perf_counter() - self.begin) / self.count
         self.rate = self.tokens / self.pace

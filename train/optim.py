@@ -1,8 +1,9 @@
-"""An optax wrapper that keeps a step from working against a second objective."""
+"""Optax wrappers that keep a step from working against a second objective."""
 
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from jaxlab.rl import gradient_surgery
@@ -36,3 +37,37 @@ def protect_reference(
         return updates, state
 
     return optax.GradientTransformationExtraArgs(wrapped.init, update)  # type: ignore[arg-type]
+
+
+class Protected(NamedTuple):
+    """State of `protect_average`."""
+
+    average: Any  # of past reference gradients, like the parameters, float32
+    inner: Any
+
+
+def protect_average(
+    inner: optax.GradientTransformation, decay: float
+) -> optax.GradientTransformationExtraArgs:
+    """`protect_reference` against an exponential average of the reference gradients of *earlier* steps.
+
+    The samples that make a step also make its reference gradient, so that the two agree by chance and a
+    conflict goes unseen (note on pass@k interference, section 3.4); earlier ones are drawn
+    independently. The first step is not protected. ValueError unless 0 < decay < 1.
+    """
+    if not 0 < decay < 1:
+        raise ValueError(f"decay={decay} must be between 0 and 1")
+    guarded = protect_reference(inner)
+
+    def init(params):
+        average = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params)
+        return Protected(average, guarded.init(params))
+
+    def update(grads, state, params=None, *, reference_grads, **extra):
+        updates, after = guarded.update(
+            grads, state.inner, params, reference_grads=state.average, **extra
+        )
+        mix = lambda old, new: decay * old + (1 - decay) * new  # noqa: E731
+        return updates, Protected(jax.tree.map(mix, state.average, reference_grads), after)
+
+    return optax.GradientTransformationExtraArgs(init, update)  # type: ignore[arg-type]

@@ -9,6 +9,7 @@ import jax
 import optax
 
 from jaxlab.paths import flatten, unflatten
+from train.optim import protect_average
 
 Schedule = Literal["cosine", "linear", "constant", "wsd"]
 
@@ -28,6 +29,9 @@ class Optimizer:
     b2: Annotated[float, "second-moment decay"] = 0.95
     clip: Annotated[float, "clip the gradient to this global norm; 0: do not"] = 1.0
     ema: Annotated[float, "decay of an averaged copy of the parameters; 0: none"] = 0.0
+    protect: Annotated[
+        float, "decay of an average of reference gradients, against which no step goes; 0: none"
+    ] = 0.0
     freeze: Annotated[str, "regular expression of parameter paths that stay as they are"] = ""
 
     def check(self) -> None:
@@ -35,7 +39,7 @@ class Optimizer:
         for name in ("lr", "weight_decay", "clip"):
             if not (math.isfinite(getattr(self, name)) and getattr(self, name) >= 0):
                 raise ValueError(f"optimizer.{name}={getattr(self, name)} must be finite and >= 0")
-        for name in ("b1", "b2", "ema"):
+        for name in ("b1", "b2", "ema", "protect"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"optimizer.{name}={getattr(self, name)} must be in [0, 1)")
         for name in ("final", "decay"):
@@ -117,7 +121,8 @@ def make_optimizer(config: Optimizer, steps: int, axes) -> optax.GradientTransfo
             optax.scale_by_learning_rate(lr),
         )
     clip = [optax.clip_by_global_norm(config.clip)] if config.clip else []
-    return optax.chain(*clip, rule)
+    whole = optax.chain(*clip, rule)
+    return protect_average(whole, config.protect) if config.protect else whole
 
 
 def _muon_dimensions(axes: tuple[str | None, ...]):

@@ -175,6 +175,7 @@ def summary(
 ) -> str:
     """The last screen of a run: figures, where things are, and what to try next."""
     from train.metrics import perplexity, plot_loss
+    from train.rollout.plot import plot_policy
 
     picture = plot_loss(folder)
     values = outcome.values
@@ -191,6 +192,10 @@ def summary(
     if "sample" in values:
         text = "\n    ".join(values["sample"].strip().splitlines()[:8])
         lines += ["  sample", f"    {text}"]
+    if (curves := plot_policy(folder)) is not None:
+        passed = [n for n in values if n.startswith("valid/pass@") and f"{n}_ci95" in values]
+        lines += [f"  {n[6:]:<15} {values[n]:.3f} ± {values[f'{n}_ci95']:.3f}" for n in passed]
+        lines.append(f"  pass@k, interference over time: {curves}")
     board = shlex.quote(f"{folder}/tensorboard")
     lines += [
         f"  run directory   {folder}  (config.json, metrics.jsonl, checkpoints/)",
@@ -211,7 +216,9 @@ def _next(run: Run, folder: Path, config: str, assignments: list[str]) -> list[s
     if denoises:
         lines.append(f"sample {there} --views 4")
     elif hasattr(run.source, "tokenizer"):
-        prompt = "The for statement" if "builtin:pydoc" in run.source.files else "The"
+        prompt = (
+            "The for statement" if "builtin:pydoc" in getattr(run.source, "files", ()) else "The"
+        )
         lines.append(f'sample {there} --prompt "{prompt}"')
     if run.evaluators:
         whole = [

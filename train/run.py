@@ -30,6 +30,7 @@ class Run:
     accumulate: Annotated[int, "microbatches a step"] = 1
     seed: Annotated[int, "of parameters, data order and objective noise"] = 0
     origin: Annotated[str, "whose weights step 0 holds, set by `jaxlab import`; '': random"] = ""
+    start: Annotated[str, "run, or checkpoint of one, whose parameters step 0 takes; '': none"] = ""
     log_every: Annotated[int, "steps between log records"] = 10
     eval_every: Annotated[int, "steps between evaluations; 0: at the end only"] = 0
     save_every: Annotated[int, "steps between checkpoints; 0: at the end only"] = 100
@@ -54,6 +55,11 @@ class Run:
         self.source.check(sizes)
         self.model.check(sizes)
         self.objective.check(self.model, self.source)
+        if self.optimizer.protect and not hasattr(self.objective, "reference"):
+            raise ValueError(
+                f"optimizer.protect={self.optimizer.protect}: objective {type(self.objective).__name__} "
+                f"has no reference to protect"
+            )
         token_order(self.model, self.source.spec(self.batch), sizes)
         rows = mesh.data * mesh.fsdp * self.accumulate
         if self.batch % rows:

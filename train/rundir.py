@@ -150,9 +150,14 @@ def reconcile(run: Run, folder: Path, allow: tuple[str, ...]) -> None:
         )
 
 
+def begins(folder: Path, fresh: bool) -> bool:
+    """Whether a run in `folder` starts at step 0 rather than from a checkpoint of its own."""
+    return fresh or not any((folder / "checkpoints").glob("[0-9]*"))
+
+
 def refuse_random(run: Run, folder: Path, fresh: bool) -> None:
     """ValueError where a run of imported weights would start from random ones."""
-    if run.origin and (fresh or not any((folder / "checkpoints").glob("[0-9]*"))):
+    if run.origin and begins(folder, fresh):
         kind = "teacher" if hasattr(run.objective, "refresh") else "hf"
         raise ValueError(
             f"the run starts from the weights of {run.origin}, and {folder} would start from random "

@@ -119,39 +119,47 @@ def make_train_step(
     ema: float,
     seed: int,
     freeze: str = "",
+    protect: bool = False,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict]]:
     """`train_step(state, batch) -> (state, metrics)`, pure and mesh-agnostic.
 
     The gradient is that of sum(loss) / sum(weight) over the whole global batch, however it is cut
     into microbatches and devices. What `freeze` names gets no gradient, no optimiser state and no
-    update. A step whose loss or gradient is not finite changes nothing but
-    the counters. An objective with `refresh(params, step)` may change what is frozen before a step.
+    update. With `protect` the optimiser is also given the gradient that would raise the objective's
+    reference. A step whose loss or gradient is not finite changes nothing but the counters. An objective
+    with `refresh(params, step)` may change what is frozen before a step.
     """
-
     refresh = getattr(objective, "refresh", None)
 
-    def gradient(params, step, batch, key):
+    def gradient(of, params, step, batch, key):
         train, frozen = split(params, freeze)
 
         def loss(train):
-            return objective(apply, join(train, frozen), batch | {"step": step}, key)
+            return of(apply, join(train, frozen), batch | {"step": step}, key)
 
         (value, metrics), grads = jax.value_and_grad(loss, has_aux=True)(train)
         return jax.tree.map(lambda g: g.astype(jnp.float32), grads), value, metrics
+
+    def average_gradient(of, state, batch, key):
+        grad = functools.partial(gradient, of, state.params, state.step)
+        grads, loss, metrics = in_microbatches(grad, accumulate, batch, key)
+        weight = metrics["loss"][1]
+        return jax.tree.map(lambda g: g / jnp.where(weight > 0, weight, 1), grads), loss, metrics
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict]:
         if refresh is not None:
             state = state._replace(params=refresh(state.params, state.step))
         key = jax.random.fold_in(jax.random.key(seed), state.step)
-        grad = functools.partial(gradient, state.params, state.step)
-        grads, loss, metrics = in_microbatches(grad, accumulate, batch, key)
-        weight = metrics["loss"][1]
-        grads = jax.tree.map(lambda g: g / jnp.where(weight > 0, weight, 1), grads)
+        grads, loss, metrics = average_gradient(objective, state, batch, key)
         norm = optax.tree.norm(grads)
         good = jnp.isfinite(loss) & jnp.isfinite(norm)
 
         train, frozen = split(state.params, freeze)
-        updates, opt = tx.update(grads, state.opt, train)
+        extra: dict[str, Any] = {}
+        if protect:
+            down = average_gradient(getattr(objective, "reference"), state, batch, key)[0]  # noqa: B009
+            extra["reference_grads"] = jax.tree.map(jnp.negative, down)
+        updates, opt = tx.update(grads, state.opt, train, **extra)
         train: Any = optax.apply_updates(train, updates)
         params, average = join(train, frozen), {}
         if ema:

@@ -17,12 +17,14 @@ from sharding.mesh import make_mesh
 from train.checkpoint import Checkpoints, Restored, check_space, state_bytes
 from train.evaluate import Scene
 from train.feed import Feed, abstract_batch, batch_shardings, row_shard, token_order
+from train.folders import starting_parameters, starting_run
 from train.meter import Meter
 from train.metrics import Recorder
 from train.optimizer import make_optimizer, split
 from train.processes import all_or_none
 from train.run import Run, described
 from train.rundir import (
+    begins,
     claimed,
     failures,
     reconcile,
@@ -87,6 +89,7 @@ def build(run: Run, devices=None) -> Program:
         ema=ema,
         seed=run.seed,
         freeze=freeze,
+        protect=bool(run.optimizer.protect),
     )
     step = jax.jit(
         step,
@@ -140,6 +143,8 @@ def fit(
             refuse_random(run, folder, fresh)
             if not fresh:
                 reconcile(run, folder, allow)
+            if run.start and begins(folder, fresh):
+                starting_run(run)
             program = build(run)
             check_space(folder, state_bytes(program.state))
             rows = row_shard(program.mesh, run.batch)
@@ -153,6 +158,8 @@ def fit(
                     "source whose batch is a function of the step (source.packing=concat)"
                 )
             scene = Scene(run, program.apply, program.mesh, rows, program.order)
+            if hasattr(source, "attach"):
+                source.attach(scene)
             evaluators = [e.make(scene) for e in run.evaluators]
         with all_or_none():
             if first:
@@ -184,7 +191,7 @@ def fit(
         for step, why in rejected.items():
             out.warn(f"checkpoint step {step} set aside as unusable: {why}")
         if state is None:
-            state = program.init()
+            state = program.warm(starting_parameters(run)) if run.start else program.init()
         else:
             out.say(f"resumed at step {start} from {checkpoints.folder}", "green")
         out.record("resume" if start else "start", start, {})

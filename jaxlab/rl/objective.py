@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Callable
+from typing import Annotated
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -43,25 +44,25 @@ class RLConfig:
     those of `aggregate`, kl and kl_clamp those of `kl_tokens`.
     """
 
-    kind: str = "ppo"
-    ratio_level: str = "token"
-    eps_low: float = 0.2
-    eps_high: float = 0.2
-    dual_clip: float | None = None
-    ratio_cap: float | None = None
-    tau_pos: float = 1.0
-    tau_neg: float = 1.05
-    log_ratio_clamp: float | None = 20.0
-    mode: str = "token_mean"
-    rows: str = "nonempty"
-    max_len: int | None = None
-    kl_coef: float = 0.0
-    kl: str = "k3"
-    kl_clamp: float | None = None
-    kl_times_ratio: bool = False  # the KL token times r, gradient through both
-    entropy_coef: float = 0.0
-    sampler_cap: float | None = None  # truncation of exp(logp_old - logp_sampler)
-    temperature: float = 1.0  # of the logits, in `rl_objective`
+    kind: Annotated[str, "policy loss: pg, ppo, cispo, sapo, gmpo"] = "ppo"
+    ratio_level: Annotated[str, "token, sequence, sequence_sum or sequence_token_grad"] = "token"
+    eps_low: Annotated[float, "the ratio is clipped below at 1 - eps_low"] = 0.2
+    eps_high: Annotated[float, "the ratio is clipped above at 1 + eps_high"] = 0.2
+    dual_clip: Annotated[float | None, "bound of the loss where the advantage is negative"] = None
+    ratio_cap: Annotated[float | None, "largest ratio in the unclipped branch of ppo"] = None
+    tau_pos: Annotated[float, "steepness of sapo where the advantage is positive"] = 1.0
+    tau_neg: Annotated[float, "steepness of sapo elsewhere"] = 1.05
+    log_ratio_clamp: Annotated[float | None, "bound of the log-ratio that is exponentiated"] = 20.0
+    mode: Annotated[str, "how tokens are averaged, as in `aggregate`"] = "token_mean"
+    rows: Annotated[str, "rows that count in a mean over rows: nonempty or all"] = "nonempty"
+    max_len: Annotated[int | None, "tokens that the scale modes divide by"] = None
+    kl_coef: Annotated[float, "weight of the KL to the reference"] = 0.0
+    kl: Annotated[str, "its estimator: k1, k2, k3, abs, k1_st, k3_st"] = "k3"
+    kl_clamp: Annotated[float | None, "bound of a token's KL"] = None
+    kl_times_ratio: Annotated[bool, "the KL token times the ratio, gradient through both"] = False
+    entropy_coef: Annotated[float, "weight of the entropy bonus"] = 0.0
+    sampler_cap: Annotated[float | None, "truncation of exp(logp_old - logp_sampler)"] = None
+    temperature: Annotated[float, "of the logits, in `rl_objective`"] = 1.0
 
     def __post_init__(self):
         check_policy(**self.policy)
