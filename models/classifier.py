@@ -132,7 +132,7 @@ class Ensemble(nn.Module):
             one,
             variable_axes={"params": 0},
             split_rngs={"params": True, "dropout": True},
-            in_axes=None,
+            in_axes=None,  # pyright: ignore[reportArgumentType]
             axis_size=self.members,
             metadata_params={nn.PARTITION_NAME: "members"},
         )

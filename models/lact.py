@@ -154,7 +154,7 @@ class LaCTLayer(SequenceLayer):
             mu = jax.nn.sigmoid(self._gate("momentum", x, (h,)))
         fw = self._initial()
         self.sow("intermediates", "learnt", (k, v, fw, rates, mu))
-        places = None
+        places: Any = None
         if state is not None or segment_ids is not None:
             places, seen = places_of(x, segment_ids, None if state is None else state.seen)
         if state is not None:

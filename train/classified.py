@@ -121,16 +121,16 @@ def figures(p, y, critical: tuple[int, ...], coverage: float) -> dict[str, Any]:
 def detection(inside, outside) -> dict[str, Any]:
     """How well each score tells rows of other classes from the known."""
     a, b = ranked(inside), ranked(outside)
-    positive = np.repeat([0, 1], [inside.shape[1], outside.shape[1]])
+    positive: Any = np.repeat([0, 1], [inside.shape[1], outside.shape[1]])
     values = {}
     for name in a:
-        both = np.concatenate([a[name], b[name]])
+        both: Any = np.concatenate([a[name], b[name]])
         for figure, fn in (("auroc", un.auroc), ("aupr", un.aupr), ("fpr95", un.fpr_at_tpr)):
             values[f"ood_{figure}/{name}"] = fn(both, positive)
     return values
 
 
-def ranked(p) -> dict[str, np.ndarray]:
+def ranked(p) -> dict[str, Any]:
     """The scores of `RANKED`, each [n]."""
     entropy, mi = un.predictive_entropy(p), un.mutual_information(p)
     found = (entropy, mi, un.contributions(p).sum(-1), 1 - p.mean(0).max(-1))

@@ -7,8 +7,8 @@ and only there, `batch["step"]` is the number of steps done: for curricula, and 
 """
 
 import dataclasses
-from collections.abc import Callable
-from typing import Annotated, Protocol
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -105,6 +105,6 @@ class Classify:
                 raise ValueError(f"model.{name}={ours} must equal source.{name}={theirs}")
 
 
-def inputs_of(batch: Batch) -> jax.Array:
+def inputs_of(batch: Mapping[str, Any]) -> jax.Array:
     """What a classifier looks at: images or features."""
     return batch["images" if "images" in batch else "features"]

@@ -84,7 +84,7 @@ def draw(folder: Path, page: str, p, y, x, critical: tuple[int, ...]) -> None:
     axes.legend()
     save(figure, "risk_coverage")
 
-    c = np.asarray(un.contributions(p))
+    c: Any = np.asarray(un.contributions(p))
     figure = blank((6, 5))
     axes = figure.add_subplot()
     profiles = np.asarray(un.epistemic_profiles(c, y, p.shape[-1]))

@@ -126,8 +126,9 @@ def parts(config: Shipped) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     labels = np.where(
         wrong, (labels + random.integers(1, c.classes, len(train))) % c.classes, labels
     )
-    held = x[valid & ~out] + c.noise * random.standard_normal((np.sum(valid & ~out), x.shape[1]))
-    ood = (x[out] + c.noise * random.standard_normal((np.sum(out), x.shape[1])), y[out])
+    known, unknown = x[valid & ~out], x[out]
+    held = known + c.noise * random.standard_normal(known.shape)
+    ood = (unknown + c.noise * random.standard_normal(unknown.shape), y[out])
     if not c.leave_out:
         ood = (random.permuted(held, axis=1), y[valid])
     if c.shift == "noisy":
