@@ -356,7 +356,9 @@ EXEMPT: dict[str, str] = {
 }
 
 # Modules that other modules of jaxlab are made of; their functions are not public.
-INTERNAL = {"jaxlab.loops", "jaxlab.masks", "jaxlab.blockwise", "jaxlab.varying"}
+INTERNAL = {
+    f"jaxlab.{name}" for name in ("affine", "arguments", "loops", "masks", "blockwise", "varying")
+}
 
 # Rows of a package in a file of its own, which takes `Case` from here.
 import diffusion_contract_cases  # noqa: E402

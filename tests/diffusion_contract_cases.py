@@ -45,6 +45,14 @@ def _level(x):
     return d.log_linear(unit(x))
 
 
+def chain(*logits):
+    return d.HMM(*map(_probs, logits))
+
+
+def _chain_logits(key, dtype):
+    return normal(key, dtype, (3,), (3, 3), (3, 4))
+
+
 CASES = {
     "cosine": row(lambda x: d.cosine(unit(x)), _number),
     "log_linear": row(_level, _number),
@@ -122,12 +130,17 @@ CASES = {
     "dcd_pair_from_noise": row(lambda x: d.dcd_pair_from_noise(x, X0, 1.0, -2.0), _logits, False),
     "dcd_pair": row(lambda x: d.dcd_pair(KEY, X0, x, x - 1, 5), _number, False),
     "dcd_loss": row(d.dcd_loss, _two),
+    "hmm_log_prob": row(lambda *x: d.hmm_log_prob(chain(*x), Z % 4), _chain_logits),
+    "hmm_denoiser": row(
+        lambda *x: d.hmm_denoiser(chain(*x))(Z % 4, jnp.full(len(Z), 0.7)), _chain_logits
+    ),
 }
 CASES = {f"jaxlab.diffusion.{name}": case for name, case in CASES.items()}
 
 EXEMPT = {
     f"jaxlab.diffusion.{name}": why
     for name, why in {
+        "hmm_sample": "integers, tested in test_diffusion_hmm.py",
         "sample_times": "numbers from a key, tested in test_diffusion.py",
         "ids_from_draws": "integers, tested in test_diffusion_curriculum.py",
         "distinct_ids": "integers, tested in test_diffusion_curriculum.py",

@@ -67,11 +67,12 @@ def test_jit_is_no_jit_and_the_dtype_is_kept(case, dtype):
 
 
 @every
-def test_vmap_is_a_loop(case):
+def test_vmap_is_a_loop_and_one_trace_serves_every_value(case):
     args = [case.args(jax.random.key(i), "float32") for i in range(3)]
     stacked = jax.tree.map(lambda *x: jnp.stack(x), *args)
-    one = jax.jit(case.call)
+    one = jax.jit(chex.assert_max_traces(case.call, n=1))
     loop = jax.tree.map(lambda *x: jnp.stack(x), *(one(*a) for a in args))
+    chex.clear_trace_counter()
     close(jax.jit(jax.vmap(case.call))(*stacked), loop, "float32")
 
 
@@ -91,11 +92,3 @@ def test_gradients_are_finite_and_of_the_argument_s_type(case, dtype):
         chex.assert_trees_all_equal_shapes_and_dtypes(grad, args[i])
         assert all(bool(jnp.all(jnp.isfinite(g))) for g in jax.tree.leaves(grad))
     assert any(bool(jnp.any(g != 0)) for g in jax.tree.leaves(grads))
-
-
-@every
-def test_one_trace_serves_every_value(case):
-    counted = jax.jit(chex.assert_max_traces(case.call, n=1))
-    for i in range(3):
-        jax.block_until_ready(counted(*case.args(jax.random.key(i), "float32")))
-    chex.clear_trace_counter()

@@ -42,6 +42,13 @@ def lowrank(*arrays):
     return un.LowRankPosterior(*arrays)
 
 
+def walk(points):
+    state = un.swag_init(points[0], 2)
+    for point in points:
+        state = un.swag_update(state, point)
+    return state
+
+
 LAYER = shapes((6, 3), (3, 4), (4,))
 FACTORS = shapes((4, 2), (4, 2), (3, 2), (3, 2))
 ROWS = {
@@ -51,6 +58,10 @@ ROWS = {
         lambda z: un.moments_merge(scan(z[:2]), scan(z[2:])).moments, shapes((5, 3, 4)), "wide"
     ),
     "moments_finish": Case(lambda z: un.moments_finish(scan(z), ddof=1), shapes((5, 3, 4)), "wide"),
+    "swag_update": Case(lambda x: walk(x)[1:], shapes((5, 3)), "wide"),
+    "swag_sample": Case(
+        lambda x: un.swag_sample(jax.random.key(1), walk(x)), shapes((5, 3)), "wide"
+    ),
     "contributions": of_samples(un.contributions, "exact"),
     "contributions_from_moments": Case(
         lambda z: un.contributions_from_moments(un.moments(z, **STATIC), "taylor4"),
@@ -172,6 +183,7 @@ def _softmax(z):
 
 CASES = {f"jaxlab.uncertainty.{name}": row for name, row in ROWS.items()}
 EXEMPT = {
+    "jaxlab.uncertainty.swag_init": "zeros of sizes, tested in test_classifier.py",
     "jaxlab.uncertainty.moments_init": "zeros of sizes, tested in test_uncertainty.py",
     "jaxlab.uncertainty.bootstrap_indices": "integers, tested in test_uncertainty_decisions.py",
     "jaxlab.uncertainty.lowrank_vi_init": "random of sizes, tested in test_uncertainty_sources.py",

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
+from jaxlab.arguments import wide
 from jaxlab.diffusion.arguments import check_prior, tokens
 
 
@@ -58,7 +59,7 @@ def hmm_sample(key: Key[Array, ""], hmm: HMM, shape: tuple[int, int]) -> Int[Arr
 def hmm_log_prob(hmm: HMM, x: Int[Array, "b t"]) -> Float[Array, "b"]:
     """log p(x) of whole rows, in nats. ValueError as `check_hmm`, TypeError unless integers."""
     check_hmm(hmm)
-    initial, transition, emission = (jnp.asarray(p) for p in hmm)
+    initial, transition, emission = (wide(p) for p in hmm)
 
     def step(carry, token):
         before, total = carry
@@ -79,7 +80,7 @@ def hmm_denoiser(hmm: HMM, prior: str = "uniform", mask_id: int | None = None) -
     id. Two scans over t with states of size h. ValueError as `check_hmm`.
     """
     check_hmm(hmm)
-    initial, transition, emission = (jnp.asarray(p) for p in hmm)
+    initial, transition, emission = (wide(p) for p in hmm)
     vocab = emission.shape[1]
     check_prior(prior, mask_id, vocab + (prior == "masked"))
     if prior == "masked" and mask_id != vocab:
