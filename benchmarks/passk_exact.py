@@ -37,16 +37,16 @@ def kernel(theta, x):
     return G @ G.T, passed(theta, x)
 
 
-def ascend(x, q, k, theta, steps=300, rate=0.5, protect=False):
-    """theta after gradient ascent on J_k; `protect`: each gradient under surgery against grad J_1."""
+def ascend(x, q, k, theta, protect=False):
+    """theta after 300 steps of ascent on J_k; `protect`: each gradient under surgery against grad J_1."""
 
     def step(theta, _):
         g = jax.grad(objective)(theta, x, q, k)
         if protect:
             g = rl.gradient_surgery(g, jax.grad(objective)(theta, x, q, 1))
-        return theta + rate * g, None
+        return theta + 0.5 * g, None
 
-    return jax.lax.scan(step, theta, length=steps)[0]
+    return jax.lax.scan(step, theta, length=300)[0]
 
 
 def one_step(x, q, theta, k):
@@ -72,14 +72,13 @@ def gaussian(key) -> dict:
         "grad_j1_sq": reports[1]["grad_j1_sq"],
         "negative_fraction": reports[1]["negative_fraction"],
         "critical_k": reports[1]["critical_k"],
-        "cosine": {k: r["cosine"] for k, r in reports.items()},
-        "weight_decades": {k: r["weight_decades"] for k, r in reports.items()},
+        "cosine": {f"k={k}": r["cosine"] for k, r in reports.items()},
+        "weight_decades": {f"k={k}": r["weight_decades"] for k, r in reports.items()},
         "trained": {},
     }
-    for k in (*TRAINED, "8, surgery"):
-        number = 8 if k == "8, surgery" else k
-        end = ascend(x, q, number, theta, protect=k != number)
-        out["trained"][k] = {
+    for k, protect in (*((k, False) for k in TRAINED), (8, True)):
+        end = ascend(x, q, k, theta, protect)
+        out["trained"][f"k={k}, surgery" if protect else f"k={k}"] = {
             **{f"J_{j}": objective(end, x, q, j) for j in (1, 8)},
             **{f"start J_{j}": objective(theta, x, q, j) for j in (1, 8)},
         }
@@ -95,16 +94,20 @@ def gaussians(draws: int) -> dict:
 
 
 def aliased(ks=(2, 4, 8, 16), share=0.3) -> dict:
-    """{k: where ascent on J_k ends, and the closed form} for prompts that look alike, float64.
+    """{k: where descent on 1 - J_k ends, and the closed form} for prompts that look alike, float64.
 
     A share of them wants answer B, the others A; pi is the probability of A.
     """
     out = {}
     with jax.enable_x64(True):
         x, q = jnp.array([1.0, -1.0])[:, None], jnp.array([1 - share, share])
-        climb = jax.jit(ascend, static_argnames=("k", "steps", "rate"))
         for k in ks:
-            theta = climb(x, q, k, jnp.array([1.0]), steps=20_000, rate=4 / k)
+            # The chance that k answers all fail has its least where J_k is largest, and no flat top.
+            failed = lambda theta, k=k: jax.nn.logsumexp(  # noqa: E731
+                jnp.log(q) + k * jax.nn.log_sigmoid(-x @ theta)
+            )
+            step = lambda _, theta, k=k, failed=failed: theta - 2 / k**2 * jax.grad(failed)(theta)  # noqa: E731
+            theta = jax.lax.fori_loop(0, 1000, step, jnp.array([1.0]))
             pi = 1 / (1 + (share / (1 - share)) ** (1 / (k - 1)))
             K, p = kernel(jnp.array([1.0]), x)
             out[k] = {
