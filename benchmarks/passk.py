@@ -41,9 +41,9 @@ def toy_page(r: dict) -> list[str]:
     lines = [
         "## Gaussian features, exact",
         "",
-        f"2000 prompts, 30% hard, float64; mean ± sd over {n} draws. At the start J_1 {over(g['J_1'], 4)}, easy "
-        f"{over(g['easy'], 4)}, hard {over(g['hard'], 4)}, |grad J_1|² {over(g['grad_j1_sq'], 6)}, share of prompts "
-        f"against the others {over(g['negative_fraction'])}. k* = {over(g['critical_k'], 1)} "
+        f"2000 prompts, 30% hard, float64; mean ± sd over {n} draws. At the start J_1 "
+        f"{over(g['J_1'], 4)}, easy {over(g['easy'], 4)}, hard {over(g['hard'], 4)}, |grad J_1|² "
+        f"{over(g['grad_j1_sq'], 6)}, share of prompts against the others {over(g['negative_fraction'])}. k* = {over(g['critical_k'], 1)} "
         f"({int(np.min(g['critical_k']))} to {int(np.max(g['critical_k']))}). The allowed step at k = 16: "
         f"dJ_16 {np.mean(g['step']['dJ_16']):.1e}, dJ_1 {np.mean(g['step']['dJ_1']):.1e}; both signs in "
         f"{int(np.sum((g['step']['dJ_16'] > 0) & (g['step']['dJ_1'] < 0)))} of {n}.",
@@ -88,8 +88,8 @@ def network_page(r: dict) -> list[str]:
     lines = [
         "## A small network, sampled",
         "",
-        f"1200 prompts, 128 x 16 samples a step, 400 steps of Adam(2e-3) from a supervised base; mean ± sd over {n} "
-        "seeds in one vmapped program an arm; J_1 and J_8 exact.",
+        "1200 prompts, 128 x 16 samples a step, 400 steps of Adam(2e-3) from a supervised base; "
+        f"mean ± sd over {n} seeds in one vmapped program an arm; J_1 and J_8 exact.",
         *table(["objective", *fields], rows),
         "Protection against k=8: share of the lost J_1 that comes back, of means over seeds, and its price.",
     ]
@@ -100,8 +100,9 @@ def network_page(r: dict) -> list[str]:
     ]
     lines += table(["protection", "of the loss to k=1", "to base", "points of J_8"], rows)
     lines += [
-        f"Interference of the base policies. k* from the exact kernel: {over(start['critical_k'], 1)}. The estimates "
-        f"are of <grad J_k, grad J_1> over {start['k=8']['same'].shape[1]} batches a seed, mean ± s.e. over all of them."
+        "Interference of the base policies. k* from the exact kernel: "
+        f"{', '.join(str(int(x)) for x in start['critical_k'])} (by seed). Estimates of <grad J_k, grad J_1>: "
+        f"{start['k=8']['same'].shape[1]} batches a seed, mean ± s.e. over all of them."
     ]
     rows = []
     for k in (x for x in start if x.startswith("k=")):
