@@ -43,7 +43,8 @@ def toy_page(r: dict) -> list[str]:
         "",
         f"2000 prompts, 30% hard, float64; mean ± sd over {n} draws. At the start J_1 "
         f"{over(g['J_1'], 4)}, easy {over(g['easy'], 4)}, hard {over(g['hard'], 4)}, |grad J_1|² "
-        f"{over(g['grad_j1_sq'], 6)}, share of prompts against the others {over(g['negative_fraction'])}. k* = {over(g['critical_k'], 1)} "
+        f"{over(g['grad_j1_sq'], 6)}, share of prompts against the others "
+        f"{over(g['negative_fraction'])}. k* = {over(g['critical_k'], 1)} "
         f"({int(np.min(g['critical_k']))} to {int(np.max(g['critical_k']))}). The allowed step at k = 16: "
         f"dJ_16 {np.mean(g['step']['dJ_16']):.1e}, dJ_1 {np.mean(g['step']['dJ_1']):.1e}; both signs in "
         f"{int(np.sum((g['step']['dJ_16'] > 0) & (g['step']['dJ_1'] < 0)))} of {n}.",

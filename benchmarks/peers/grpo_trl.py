@@ -124,10 +124,7 @@ def run(side, setting):
 
 def check(side, setting, npy):
     """The loss; the gradient goes into a file."""
-    try:
-        loss, gradient = run(side, setting)
-    except Exception as error:  # no C++ compiler, say: the caller leaves that side out
-        return {"error": f"{type(error).__name__}: {error}"[:200]}
+    loss, gradient = run(side, setting)
     np.save(npy, gradient.numpy())
     return {"loss": loss.item()}
 
@@ -139,7 +136,17 @@ def time_(side, setting):
     return time.perf_counter() - begin
 
 
-for line in sys.stdin:
-    request = json.loads(line)
-    answer = {"build": build, "check": check, "time": time_}[request.pop("do")](**request)
-    print(json.dumps(answer), flush=True)
+def main() -> None:
+    """Answers commands until the input ends."""
+    commands = {"build": build, "check": check, "time": time_}
+    for line in sys.stdin:
+        command = json.loads(line)
+        try:
+            answer = commands[command.pop("do")](**command)
+        except Exception as error:  # what compilers raise has no common type
+            answer = {"error": f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"}
+        print(json.dumps(answer), flush=True)
+
+
+if __name__ == "__main__":
+    main()
