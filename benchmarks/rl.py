@@ -110,9 +110,9 @@ def markdown(record: dict) -> str:
     """The record as a page."""
     lines = [
         f"# RL update without its model, {record['date']}", "",
-        f"{described(record)}. {record["rows"]} rows of {record["tokens"]} tokens in "
-        f"{record["groups"]} groups, float32: advantages, loss, gradient and metrics in one jitted call. Median ms "
-        f"(min to max) of {record["rounds"]} alternating rounds.", "",
+        f"{described(record)}. {record['rows']} rows of {record['tokens']} tokens in {record['groups']} "
+        "groups, float32: advantages, loss, gradient and metrics in one jitted call. Median ms "
+        f"(min to max) of {record['rounds']} alternating rounds.", "",
     ]  # fmt: skip
     if peer := record.get("peer"):
         loss, gradient = (max(x[i] for x in record["differs"].values()) for i in (0, 1))
