@@ -110,8 +110,9 @@ def network_page(r: dict) -> list[str]:
         s = start[k]
         within = lambda x: f"{x.mean():.2e} ± {x.std(ddof=1) / np.sqrt(x.size):.0e}"  # noqa: E731
         rows.append([k, over(s["cosine"]), f"{np.mean(s['inner_product']):.2e}"])
-        rows[-1] += [within(s["crossfit"]), within(s["same"])]
-    return lines + table(["k", "cosine", "product", "two halves", "same samples"], rows)
+        rows[-1] += [within(s[name]) for name in ("crossfit", "halves", "same")]
+    header = ["k", "cosine", "exact product", "other prompts", "other samples", "same samples"]
+    return lines + table(header, rows)
 
 
 def markdown(r: dict) -> str:
@@ -160,7 +161,7 @@ def write(studies: dict, out: Path) -> None:
     # Estimates of single batches are summed up on the page.
     for name, start in numbers["network"]["start"].items():
         if name.startswith("k="):
-            start |= {x: plain(np.mean(start[x], 1)) for x in ("crossfit", "same")}
+            start |= {x: plain(np.mean(start[x], 1)) for x in ("crossfit", "halves", "same")}
     publish(environment() | numbers, markdown(r), out, "passk")
     plot(r, out / f"passk_{jax.default_backend()}.png")
 

@@ -36,12 +36,14 @@ class Study:
 class Arm:
     """What is optimised and how pass@1 is protected.
 
+    mode: "gradient" and "update" of `protect_reference`; "mixing": the gradient of J_1 is mixed in, as much
+    as `safe_mixing` of the exact gradients asks for.
     reference: which gradient of J_1 protects: "exact"; "same" samples as the step; "average", a moving
     average over steps of sampled ones. schedule: k for the first half of the steps, then 1.
     """
 
     k: int
-    mode: Literal["none", "gradient", "update"] = "none"
+    mode: Literal["none", "gradient", "update", "mixing"] = "none"
     reference: Literal["exact", "same", "average"] = "exact"
     schedule: bool = False
 
@@ -55,7 +57,9 @@ ARMS = {
     "k=8, exact, before Adam": Arm(8, "gradient"),
     "k=8, exact, after Adam": Arm(8, "update"),
     "k=8, average, after Adam": Arm(8, "update", "average"),
+    "k=8, mixed": Arm(8, "mixing"),
     "k=8, then k=1": Arm(8, schedule=True),
+    "k=4, exact, after Adam": Arm(4, "update"),
 }
 DECAY = 0.95  # of the moving average
 
@@ -130,9 +134,9 @@ def weighted(params, batch, answers, weights):
     return jax.grad(objective)(params)
 
 
-def exact_gradient(params, data):
-    """Gradient of J_1."""
-    return jax.grad(lambda params: jnp.mean(passed(params, data)))(params)
+def exact_gradient(params, data, k: int = 1):
+    """Gradient of J_k."""
+    return jax.grad(lambda params: jnp.mean(1 - (1 - passed(params, data)) ** k))(params)
 
 
 def evaluate(params, data) -> dict:
@@ -149,7 +153,8 @@ def evaluate(params, data) -> dict:
 def train(arm: Arm, params, data, key, study: Study):
     """(parameters, learning curve {name: [blocks]}) of one arm from a base policy."""
     adam = optax.adam(2e-3)
-    tx = adam if arm.mode == "none" else protect_reference(adam, arm.mode)
+    protected = arm.mode in ("gradient", "update")
+    tx = protect_reference(adam, arm.mode) if protected else adam
 
     def step(carry, inputs, k):
         params, state, average = carry
@@ -159,13 +164,17 @@ def train(arm: Arm, params, data, key, study: Study):
         batch = jax.tree.map(lambda x: x[rows], data)
         g_k, g_1 = sampled_gradients(params, batch, draw, study.samples, k)
         average = jax.tree.map(lambda m, g: DECAY * m + (1 - DECAY) * g, average, g_1)
+        similar = cosine(g_k, g_1)
+        if arm.mode == "mixing":
+            share = rl.safe_mixing(exact_gradient(params, data, k), exact_gradient(params, data))
+            g_k = jax.tree.map(lambda a, b: share * a + (1 - share) * b, g_k, g_1)
         extra = {}
-        if arm.mode != "none":
+        if protected:
             exact = lambda: exact_gradient(params, data)  # noqa: E731
             sources = {"exact": exact, "same": lambda: g_1, "average": lambda: average}
             extra = {"reference_grads": sources[arm.reference]()}
         updates, state = tx.update(jax.tree.map(jnp.negative, g_k), state, params, **extra)
-        return (optax.apply_updates(params, updates), state, average), cosine(g_k, g_1)
+        return (optax.apply_updates(params, updates), state, average), similar
 
     def block(carry, inputs, k):
         carry, cosines = jax.lax.scan(lambda c, x: step(c, x, k), carry, inputs)
@@ -193,8 +202,9 @@ def cosine(a, b):
 def at_start(params, data, key, study: Study, ks=(2, 4, 8), batches: int = 200) -> dict:
     """Interference of a base policy: exact, from the kernel, and estimated from samples.
 
-    "crossfit" and "same" are estimates of <grad J_k, grad J_1> from two halves of the samples of a
-    prompt, and from all of them; [batches] each.
+    Estimates of <grad J_k, grad J_1>, [batches] each: "crossfit" from two independent batches of prompts,
+    which alone is unbiased; "halves" from two halves of the samples of the same prompts, which are few
+    enough that each counts for itself; "same" from the same samples.
     """
     m = study.prompts
     G = rl.prompt_gradients(passed, params, data, chunk=100)
@@ -204,14 +214,17 @@ def at_start(params, data, key, study: Study, ks=(2, 4, 8), batches: int = 200) 
         out[f"k={k}"] = rl.interference_report(K, q, p, k, k_max=64)
 
         def estimate(key, k=k):
-            pick, a, b, both = jax.random.split(key, 4)
-            rows = jax.random.choice(pick, m, (study.batch,), replace=False)
-            batch = jax.tree.map(lambda x: x[rows], data)
-            half = study.samples // 2
-            halves = [sampled_gradients(params, batch, x, half, k) for x in (a, b)]
-            same = sampled_gradients(params, batch, both, study.samples, k)
+            def pair(pick, draw, n):
+                rows = jax.random.choice(pick, m, (study.batch,), replace=False)
+                batch = jax.tree.map(lambda x: x[rows], data)
+                return sampled_gradients(params, batch, draw, n, k)
+
+            one, other, a, b = jax.random.split(key, 4)
+            halves = [pair(one, x, study.samples // 2) for x in (a, b)]
+            same, apart = (pair(x, a, study.samples) for x in (one, other))
             return {
-                "crossfit": rl.crossfit_inner_product(*halves),
+                "crossfit": rl.crossfit_inner_product(same, apart),
+                "halves": rl.crossfit_inner_product(*halves),
                 "same": rl.crossfit_inner_product(same, same),
             }
 

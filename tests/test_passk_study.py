@@ -22,7 +22,7 @@ def test_training_on_passk_costs_pass1_and_the_protected_step_wins_some_back():
     assert last(protected, "J_8") > last(eight, "J_8") - 0.02
     start = r["start"]["k=8"]
     assert (start["inner_product"] < 0).all() and (r["start"]["critical_k"] <= 8).all()
-    halves, same = start["crossfit"], start["same"]
-    error = halves.std(ddof=1) / np.sqrt(halves.size)
-    assert abs(halves.mean() - start["inner_product"].mean()) < 4 * error
-    assert same.mean() > halves.mean() + 4 * error  # the bias of the same samples
+    other, same = start["crossfit"], start["same"]
+    error = other.std(ddof=1) / np.sqrt(other.size)
+    assert abs(other.mean() - start["inner_product"].mean()) < 4 * error
+    assert same.mean() > other.mean() + 4 * error  # the bias of the same samples
