@@ -221,7 +221,7 @@ def at_start(params, data, key, study: Study, ks=(2, 4, 8), batches: int = 200) 
 
             one, other, a, b = jax.random.split(key, 4)
             halves = [pair(one, x, study.samples // 2) for x in (a, b)]
-            same, apart = (pair(x, a, study.samples) for x in (one, other))
+            same, apart = pair(one, a, study.samples), pair(other, b, study.samples)
             return {
                 "crossfit": rl.crossfit_inner_product(same, apart),
                 "halves": rl.crossfit_inner_product(*halves),
