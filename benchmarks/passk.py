@@ -35,7 +35,8 @@ def toy_page(r: dict) -> list[str]:
     """Sections of the two exact toys."""
     g = r["gaussian"]
     n = len(g["J_1"])
-    first = [x for x in g["cosine"] if x != "k=1"]
+    order = lambda names: sorted(names, key=lambda x: (int(x[2:].split(",")[0]), x))  # noqa: E731
+    first = [x for x in order(g["cosine"]) if x != "k=1"]
     rows = [["cosine", *(over(g["cosine"][k]) for k in first)]]
     rows += [["weight decades", *(over(g["weight_decades"][k], 1) for k in first)]]
     lines = [
@@ -52,10 +53,11 @@ def toy_page(r: dict) -> list[str]:
         "300 steps of gradient ascent on J_k:",
     ]
     change = [
-        [name, over(t["J_1"]), over(t["J_8"]), int(np.sum(t["J_1"] < t["start J_1"]))]
-        for name, t in g["trained"].items()
+        [name, over(t["J_1"]), over(t["J_8"]), over(t["J_1"] - t["start J_1"], 4)]
+        + [int(np.sum(t["J_1"] < t["start J_1"]))]
+        for name, t in ((name, g["trained"][name]) for name in order(g["trained"]))
     ]
-    lines += table(["objective", "J_1", "J_8", f"J_1 fell, of {n}"], change)
+    lines += table(["objective", "J_1", "J_8", "change of J_1", f"fell, of {n}"], change)
     lines += ["## Prompts that look alike, exact", "", "A share of 0.3 wants the other answer."]
     rows = [
         [k, f"{a['pi']:.4f} ({a['closed pi']:.4f})", f"{a['J_1']:.4f} ({a['closed J_1']:.4f})"]
@@ -70,7 +72,7 @@ def won_back(r: dict) -> dict:
     last = {name: {m: x[:, -1] for m, x in arm.items()} for name, arm in r["arms"].items()}
     lost = last["k=8"]
     out = {}
-    for name in (x for x in last if x.startswith("k=8,")):
+    for name in (x for x in last if "," in x):
         gain = np.mean(last[name]["J_1"] - lost["J_1"])
         out[name] = {
             "of the loss to k=1": gain / np.mean(last["k=1"]["J_1"] - lost["J_1"]),

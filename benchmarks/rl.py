@@ -38,15 +38,17 @@ CONFIGS = {
     "SAPO": rl.RLConfig(kind="sapo", **BY_ROW),
     "GMPO": rl.RLConfig(kind="gmpo", mode="seq_mean_token_mean"),
 }
+OURS = {"ours": True, "bare": False}  # with metrics or without
 SIDES = {"trl": "TRL", "plain": "plain PyTorch", "compiled": "torch.compile"}
 
 
-def update(config: rl.RLConfig, groups: int):
-    """Jitted (logp, batch, rewards, group) -> loss, gradient and metrics."""
+def update(config: rl.RLConfig, groups: int, metrics: bool = True):
+    """Jitted (logp, batch, rewards, group) -> (loss, metrics or None) and gradient."""
 
     def run(logp, batch, rewards, group):
         batch = batch | {"adv": rl.group_advantage(rewards, group, groups, eps=1e-4)}
-        return jax.value_and_grad(rl.rl_loss, has_aux=True)(logp, batch, config)
+        (loss, aux), gradient = jax.value_and_grad(rl.rl_loss, has_aux=True)(logp, batch, config)
+        return (loss, aux if metrics else None), gradient
 
     return jax.jit(run)
 
@@ -111,7 +113,7 @@ def markdown(record: dict) -> str:
     lines = [
         f"# RL update without its model, {record['date']}", "",
         f"{described(record)}. {record['rows']} rows of {record['tokens']} tokens in {record['groups']} "
-        "groups, float32: advantages, loss, gradient and metrics in one jitted call. Median ms "
+        "groups, float32: advantages, loss, gradient and metrics in one jitted call, and without metrics. Median ms "
         f"(min to max) of {record['rounds']} alternating rounds.", "",
     ]  # fmt: skip
     if peer := record.get("peer"):
@@ -121,13 +123,16 @@ def markdown(record: dict) -> str:
             f"{record['omp_wait_policy']}, on the same arrays. The column TRL is its own `_compute_loss`, "
             "metrics included; its advantages are inline in the trainer and were written out. Plain PyTorch "
             f"has the formulas only, no metrics. Losses agree within {loss:.0e}, gradients within "
-            f"{gradient:.0e} of their largest value. In brackets: times ours, by medians.", "",
+            f"{gradient:.0e} of their largest value. In brackets: times ours with metrics, by medians.", "",
         ]  # fmt: skip
     lines += [f"failed: {name}: {why}\n" for name, why in record.get("failed", {}).items()]
-    lines += [f"| loss | ours | {' | '.join(SIDES.values())} |", "|---|---|---|---|---|"]
+    lines += [
+        f"| loss | ours | no metrics | {' | '.join(SIDES.values())} |",
+        "|---|---|---|---|---|---|",
+    ]
     for name in CONFIGS:
         cells = [name]
-        for side in ("ours", *SIDES):
+        for side in (*OURS, *SIDES):
             t = record["times"].get(f"{name}, {side}")
             ms = {key: 1e3 * t[f"{key}_s"] for key in ("median", "min", "max")} if t else {}
             cell = "{median:.1f} ({min:.1f} to {max:.1f})".format(**ms) if t else "-"
@@ -151,20 +156,21 @@ def main() -> None:
         parser.error(f"--rows {args.rows} must divide by --groups {args.groups}")
     arrays = inputs(args.rows, args.tokens, args.groups)
     compiled = {
-        name: update(config, args.groups).lower(*arrays).compile()
+        (name, side): update(config, args.groups, metrics).lower(*arrays).compile()
         for name, config in CONFIGS.items()
+        for side, metrics in OURS.items()
     }
     sizes = ("rows", "tokens", "groups", "rounds")
     record = environment() | {name: getattr(args, name) for name in sizes}
     record["omp_wait_policy"] = os.environ.get("OMP_WAIT_POLICY", "unset")
-    calls = {(name, "ours"): timed(run, arrays) for name, run in compiled.items()}
+    calls = {name: timed(run, arrays) for name, run in compiled.items()}
     with contextlib.ExitStack() as stack:
         if args.peer_python:
             peer = Peer(args.peer_python, PEER)
             stack.callback(peer.close)
             ours = {}
-            for name, run in compiled.items():
-                (loss, _), gradient = run(*arrays)
+            for name in CONFIGS:
+                (loss, _), gradient = compiled[name, "ours"](*arrays)
                 ours[name] = float(loss), np.asarray(gradient)
             calls |= Theirs(peer, arrays, args.groups, ours, record).sides
         seconds = {name: [] for name in calls}
