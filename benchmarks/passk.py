@@ -144,7 +144,7 @@ def plot(r: dict, file: Path) -> None:
             axis.plot(steps, mean, label=name)
             axis.fill_between(steps, mean - sd, mean + sd, alpha=0.2)
         axis.set(xlabel="steps", title="pass@1" if field == "J_1" else "pass@8")
-    axes[0].legend(fontsize=8)
+    axes[1].legend(fontsize=8, loc="center right")
     figure.savefig(file, dpi=110)
 
 

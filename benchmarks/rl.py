@@ -113,8 +113,8 @@ def markdown(record: dict) -> str:
     lines = [
         f"# RL update without its model, {record['date']}", "",
         f"{described(record)}. {record['rows']} rows of {record['tokens']} tokens in {record['groups']} "
-        "groups, float32: advantages, loss, gradient and metrics in one jitted call, and without metrics. Median ms "
-        f"(min to max) of {record['rounds']} alternating rounds.", "",
+        "groups, float32: advantages, loss, gradient and metrics in one jitted call, and without metrics. "
+        f"Median ms (min to max) of {record['rounds']} alternating rounds.", "",
     ]  # fmt: skip
     if peer := record.get("peer"):
         loss, gradient = (max(x[i] for x in record["differs"].values()) for i in (0, 1))
