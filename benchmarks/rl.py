@@ -123,7 +123,7 @@ def markdown(record: dict) -> str:
             f"{record['omp_wait_policy']}, on the same arrays. The column TRL is its own `_compute_loss`, "
             "metrics included; its advantages are inline in the trainer and were written out. Plain PyTorch "
             f"has the formulas only, no metrics. Losses agree within {loss:.0e}, gradients within "
-            f"{gradient:.0e} of their largest value. In brackets: times ours with metrics, by medians.", "",
+            f"{gradient:.0e} of their largest value. In brackets: times ours with metrics, by least times.", "",
         ]  # fmt: skip
     lines += [f"failed: {name}: {why}\n" for name, why in record.get("failed", {}).items()]
     lines += [
@@ -136,7 +136,7 @@ def markdown(record: dict) -> str:
             t = record["times"].get(f"{name}, {side}")
             ms = {key: 1e3 * t[f"{key}_s"] for key in ("median", "min", "max")} if t else {}
             cell = "{median:.1f} ({min:.1f} to {max:.1f})".format(**ms) if t else "-"
-            ratio = t and t["median_s"] / record["times"][f"{name}, ours"]["median_s"]
+            ratio = t and t["min_s"] / record["times"][f"{name}, ours"]["min_s"]
             cells.append(f"{cell} [{ratio:.2f}]" if t and side != "ours" else cell)
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join([*lines, ""])
