@@ -199,7 +199,7 @@ def cosine(a, b):
     return inner(a, b) / jnp.sqrt(inner(a, a) * inner(b, b) + 1e-30)
 
 
-def at_start(params, data, key, study: Study, ks=(2, 4, 8), batches: int = 200) -> dict:
+def at_start(params, data, key, study: Study, ks=(2, 4, 8), batches: int = 400) -> dict:
     """Interference of a base policy: exact, from the kernel, and estimated from samples.
 
     Estimates of <grad J_k, grad J_1>, [batches] each: "crossfit" from two independent batches of prompts,
@@ -232,7 +232,7 @@ def at_start(params, data, key, study: Study, ks=(2, 4, 8), batches: int = 200) 
     return out
 
 
-def run(seeds: int, study: Study = Study(), arms: dict[str, Arm] = ARMS, batches: int = 200):
+def run(seeds: int, study: Study = Study(), arms: dict[str, Arm] = ARMS, batches: int = 400):
     """{"base", "start", "arms"}; every leaf has a leading axis of seeds, all in one program each."""
     keys = jax.random.split(jax.random.key(0), (seeds, 4))
 
