@@ -239,6 +239,18 @@ def test_padding_and_the_order_of_rows_change_nothing():
     np.testing.assert_allclose(slope[:N, :T], grad[order], rtol=1e-5, atol=1e-7)
 
 
+def test_rows_packed_into_one_lose_nothing_where_tokens_are_what_counts():
+    logp, batch, _ = draw(1, "token")
+    config = rl.RLConfig(kl_coef=0.1, dual_clip=3.0, eps_high=0.28)
+    both = jax.value_and_grad(lambda x, b: rl.rl_loss(x, b, config)[0])
+    value, grad = both(jnp.asarray(logp), batch)
+    pack = lambda x: jnp.reshape(jnp.asarray(x), (1, -1))  # noqa: E731
+    packed = {name: pack(x) for name, x in batch.items()}
+    packed_value, packed_grad = both(pack(logp), packed)
+    np.testing.assert_allclose(packed_value, value, rtol=1e-6)
+    np.testing.assert_allclose(packed_grad, pack(grad), rtol=1e-6, atol=1e-8)
+
+
 def test_microbatches_with_the_global_count_add_up():
     config = rl.RLConfig()
     logp, batch, _ = draw(0)
