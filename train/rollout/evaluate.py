@@ -67,21 +67,22 @@ class Interference:
 
     The kernel of problems has unbiased entries: different problems are sampled independently, and the
     diagonal takes two halves of a problem's answers. Besides `interference_report` there is the
-    inner product of the two objectives' gradients, across halves (note on pass@k interference,
-    section 4), and the same from all samples at once, which is biased upward.
+    inner product of the two objectives' gradients, across halves of the problems (note on pass@k
+    interference, section 4), and the same from all samples at once, which is biased upward, as it would
+    be across halves of the answers to the same problems.
     """
 
-    problems: Annotated[int, "held-out problems"] = 16
+    problems: Annotated[int, "held-out problems, an even number"] = 16
     samples: Annotated[int, "answers a problem, an even number"] = 16
     k: Annotated[int, "of pass@k, at most half the samples"] = 8
 
     def check(self, run) -> None:
         _check_reason(self, run)
         half = self.samples // 2
-        if self.samples % 2 or self.problems < 2 or not 1 <= self.k <= half or half < 2:
+        if self.samples % 2 or self.problems % 2 or self.problems < 2 or not 1 <= self.k <= half or half < 2:
             raise ValueError(
                 f"evaluator Interference: k={self.k} must be from 1 to half of an even "
-                f"samples={self.samples}, at least 4, and problems={self.problems} at least 2"
+                f"samples={self.samples}, at least 4, and problems={self.problems} even, at least 2"
             )
 
     def make(self, scene):
@@ -125,7 +126,7 @@ class Interference:
         diagonal = jnp.einsum("mi,mi->m", g_1[:, 0], g_1[:, 1])
         kernel = whole @ whole.T
         kernel = kernel.at[jnp.diag_indices(m)].set(diagonal)
-        both_1, both_k = g_1.mean(0), g_k.mean(0)
+        both_1, both_k = (g.reshape(2, m // 2 * 2, -1).mean(1) for g in (g_1, g_k))
         crossed = rl.crossfit_inner_product((both_k[0], both_1[0]), (both_k[1], both_1[1]))
         same = jnp.vdot(both_k.mean(0), both_1.mean(0))
         return rl.interference_report(kernel, q, p, self.k) | {
