@@ -79,7 +79,13 @@ class Interference:
     def check(self, run) -> None:
         _check_reason(self, run)
         half = self.samples // 2
-        if self.samples % 2 or self.problems % 2 or self.problems < 2 or not 1 <= self.k <= half or half < 2:
+        if (
+            self.samples % 2
+            or self.problems % 2
+            or self.problems < 2
+            or not 1 <= self.k <= half
+            or half < 2
+        ):
             raise ValueError(
                 f"evaluator Interference: k={self.k} must be from 1 to half of an even "
                 f"samples={self.samples}, at least 4, and problems={self.problems} even, at least 2"
