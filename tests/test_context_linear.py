@@ -257,7 +257,7 @@ def test_what_cannot_be_sharded_says_why():
     assert context_recurrence("linear_attention", *qkv(0), mesh=mesh)[0].shape == (1, 0, 1, 2)
     for call, message in (
         (lambda: context_recurrence("rnn", *qkv(8), mesh=mesh), "method='rnn' must be one of"),
-        (lambda: context_recurrence("gla", *qkv(8), mesh=mesh), "log_decay is wrong"),
+        (lambda: context_recurrence("gla", *qkv(8), mesh=mesh), "log_decay is missing"),
         (
             lambda: context_recurrence("linear_attention", *qkv(12), mesh=mesh),
             r"length 12 is not divisible by context = 8; nearest: \[8, 16\]",

@@ -307,6 +307,9 @@ def test_states_are_checked_against_the_call():
     _, state = ttt(*args, CFG)
     with pytest.raises(ValueError, match="3 tokens into a chunk of chunk_size=4"):
         ttt(q, k, v, state, rates, mu, CFG)
+    token = (q[:, 0], k[:, 0], v[:, 0], rates[:, 0], mu[:, 0])
+    with pytest.raises(ValueError, match="3 tokens into a chunk, at most chunk_size=2"):
+        ttt_step(state, *token, replace(CFG, chunk_size=2))
     _, state = ttt(q[:, :8], k[:, :8], v[:, :8], fw, rates[:, :8], mu[:, :8], CFG)
     with pytest.raises(ValueError, match="steps=2 cannot continue"):
         two = replace(CFG, steps=2)
@@ -315,7 +318,6 @@ def test_states_are_checked_against_the_call():
         ttt(q, k, v, state, rates, mu, V2)
     with pytest.raises(ValueError, match="fw.w"):
         ttt(q[:1], k[:1], v[:1], state, rates[:1], mu[:1], CFG)
-    token = (q[:, 0], k[:, 0], v[:, 0], rates[:, 0], mu[:, 0])
     with pytest.raises(ValueError, match="state.fw.w0 has shape"):
         ttt_step(init_ttt_state(fw, 3, CFG), *token, CFG)
     for cfg in (replace(CFG, visibility="inclusive_chunk"), replace(CFG, steps=2)):

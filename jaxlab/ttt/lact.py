@@ -81,16 +81,21 @@ def _learn_open(cfg: InnerConfig, state: TTTState, momentum: bool) -> Moving:
     return take_step(cfg, state.norms, moving_part(state, cfg), state.grads or {}, gate)
 
 
+def _count(state: TTTState) -> int:
+    """Tokens in the open chunk; 0 where they are traced: there the caller's word must do."""
+    try:
+        return int(state.count)
+    except jax.errors.ConcretizationTypeError:
+        return 0
+
+
 def _continue(state: TTTState, cfg: InnerConfig, momentum: bool) -> TTTState:
     """`state` at a chunk's start: the open chunk, if there is one, is learnt now."""
     if cfg.steps > 1:
         raise ValueError(f"fw is a TTTState, which steps={cfg.steps} cannot continue; use steps=1")
     if cfg.visibility == "token":
         return state
-    try:
-        count = int(state.count)
-    except jax.errors.ConcretizationTypeError:
-        count = 0  # traced: the caller's word must do
+    count = _count(state)
     if count not in (0, cfg.chunk_size):
         raise ValueError(
             f"fw is a TTTState {count} tokens into a chunk of chunk_size={cfg.chunk_size}; "
@@ -211,6 +216,11 @@ def ttt_step(
     mu = check_gate("mu", mu, (b, h), wide) if cfg.momentum else None
     kept = state
     state = _check_state(state, cfg, b, h, dk, dv, wide)
+    if _count(state) > cfg.chunk_size:
+        raise ValueError(
+            f"state is {_count(state)} tokens into a chunk, at most chunk_size={cfg.chunk_size} are "
+            "allowed: it is from a run with another chunk_size"
+        )
     q, k, v = (x.astype(wide)[:, :, None] for x in (k if cfg.query == "k" else q, k, v))
     rate = None if rate is None else rate[:, :, None]
     count = state.count

@@ -112,9 +112,12 @@ def _check_options(method: str, run: Callable, options: dict[str, Any]) -> None:
     names = inspect.signature(run).parameters
     allowed = [n for n in names if n not in ("q", "k", "v")]
     needed = [n for n in allowed if names[n].default is inspect.Parameter.empty]
-    for name in [*options, *needed]:
-        if name not in allowed or (name in needed and name not in options):
-            raise ValueError(f"method={method!r} needs {needed} of {allowed}: {name} is wrong")
+    for name in options:
+        if name not in allowed:
+            raise ValueError(f"method={method!r} has no argument {name}; allowed: {allowed}")
+    for name in needed:
+        if name not in options:
+            raise ValueError(f"{name} is missing: method={method!r} needs {needed}")
 
 
 def _start(initial, after: LinAttnState) -> LinAttnState:
