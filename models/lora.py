@@ -11,7 +11,6 @@ from typing import Annotated, Any, Literal, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from jaxlab.lora import (
     Sides,
@@ -26,6 +25,7 @@ from jaxlab.lora import (
 )
 from jaxlab.paths import flatten
 from models.decoder import Decoder, DecoderConfig
+from models.wrapped import Wrapped
 
 __all__ = [
     "Lora",
@@ -47,7 +47,7 @@ FROZEN_BASE = "^base/"
 
 
 @dataclasses.dataclass(frozen=True)
-class Lora:
+class Lora(Wrapped):
     """A decoder with low-rank adapters on the matrices whose paths `targets` finds."""
 
     base: DecoderConfig = dataclasses.field(default_factory=DecoderConfig)
@@ -57,19 +57,9 @@ class Lora:
     init: Annotated[Literal["normal", "kaiming"], "of A; B is zero"] = "normal"
     lora_dtype: Annotated[Literal["float32", "bfloat16"], "type of the adapters"] = "float32"
 
-    @property
-    def vocab(self) -> int:
-        """Vocabulary of the base."""
-        return self.base.vocab
-
-    @property
-    def dtype(self) -> str:
-        """Compute type of the base."""
-        return self.base.dtype
-
     def check(self, mesh_sizes: dict[str, int]) -> None:
         """ValueError for what cannot be built, naming the field and what is allowed."""
-        self._of_base(self.base.check, mesh_sizes)
+        super().check(mesh_sizes)
         if self.rank < 1:
             raise ValueError(f"model.rank={self.rank} must be at least 1")
         if self.rank > self.base.d_model:
@@ -82,21 +72,6 @@ class Lora:
             re.compile(self.targets)
         except re.error as error:
             raise ValueError(f"model.targets={self.targets!r}: {error}") from error
-
-    def order(self, mesh_sizes: dict[str, int], length: int) -> np.ndarray | None:
-        """As the base's."""
-        return self._of_base(self.base.order, mesh_sizes, length)
-
-    def _of_base(self, call, *args) -> Any:
-        """`call(*args)`, fields named as they are here in its errors."""
-        try:
-            return call(*args)
-        except ValueError as error:
-            raise ValueError(str(error).replace("model.", "model.base.")) from None
-
-    def inputs(self, batch: dict[str, jax.ShapeDtypeStruct]) -> tuple[jax.ShapeDtypeStruct, ...]:
-        """As the base's."""
-        return self.base.inputs(batch)
 
     def build(self, platform: str) -> "LoraModule":
         """The base's module with adapters."""

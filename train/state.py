@@ -130,6 +130,7 @@ def make_train_step(
     with `refresh(params, step)` may change what is frozen before a step.
     """
     refresh = getattr(objective, "refresh", None)
+    reference = getattr(objective, "reference", None) if protect else None
 
     def gradient(of, params, step, batch, key):
         train, frozen = split(params, freeze)
@@ -156,8 +157,8 @@ def make_train_step(
 
         train, frozen = split(state.params, freeze)
         extra: dict[str, Any] = {}
-        if protect:
-            down = average_gradient(getattr(objective, "reference"), state, batch, key)[0]  # noqa: B009
+        if reference is not None:
+            down = average_gradient(reference, state, batch, key)[0]
             extra["reference_grads"] = jax.tree.map(jnp.negative, down)
         updates, opt = tx.update(grads, state.opt, train, **extra)
         train: Any = optax.apply_updates(train, updates)

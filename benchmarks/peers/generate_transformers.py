@@ -5,7 +5,6 @@ of one call). Every line in is a JSON command, every line out its JSON answer. N
 transformers and numpy.
 """
 
-import json
 import platform
 import sys
 import time
@@ -14,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import transformers
+from serve import serve
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests" / "peers"))
 from generation import peer_model  # noqa: E402
@@ -59,17 +59,5 @@ def time_(side, prompts, new):
     return time.perf_counter() - begin
 
 
-def main() -> None:
-    """Answers commands until the input ends."""
-    commands = {"build": build, "compile": compile_, "tokens": run, "time": time_}
-    for line in sys.stdin:
-        command = json.loads(line)
-        try:
-            answer = commands[command.pop("do")](**command)
-        except Exception as error:  # what compilers raise has no common type
-            answer = {"error": f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"}
-        print(json.dumps(answer), flush=True)
-
-
 if __name__ == "__main__":
-    main()
+    serve({"build": build, "compile": compile_, "tokens": run, "time": time_})

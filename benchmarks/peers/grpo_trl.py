@@ -9,14 +9,13 @@ answer. Needs torch and trl.
 """
 
 import collections
-import json
-import sys
 import time
 import types
 
 import numpy as np
 import torch
 import trl
+from serve import serve
 from trl.trainer.grpo_trainer import GRPOTrainer
 
 DATA = {}
@@ -136,17 +135,5 @@ def time_(side, setting):
     return time.perf_counter() - begin
 
 
-def main() -> None:
-    """Answers commands until the input ends."""
-    commands = {"build": build, "check": check, "time": time_}
-    for line in sys.stdin:
-        command = json.loads(line)
-        try:
-            answer = commands[command.pop("do")](**command)
-        except Exception as error:  # what compilers raise has no common type
-            answer = {"error": f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"}
-        print(json.dumps(answer), flush=True)
-
-
 if __name__ == "__main__":
-    main()
+    serve({"build": build, "check": check, "time": time_})

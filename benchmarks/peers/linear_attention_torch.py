@@ -8,13 +8,12 @@ branch was never run. `build`, `compile`, `out`, `time`; needs torch and numpy.
 
 import importlib
 import importlib.util
-import json
 import platform
-import sys
 import time
 
 import numpy as np
 import torch
+from serve import serve
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
@@ -140,17 +139,5 @@ def time_(method, side, what, gates):
     return time.perf_counter() - begin
 
 
-def main() -> None:
-    """Answers commands until the input ends."""
-    commands = {"build": build, "out": out, "time": time_, "compile": compile_}
-    for line in sys.stdin:
-        command = json.loads(line)
-        try:
-            answer = commands[command.pop("do")](**command)
-        except Exception as error:  # what compilers raise has no common type
-            answer = {"error": f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"}
-        print(json.dumps(answer), flush=True)
-
-
 if __name__ == "__main__":
-    main()
+    serve({"build": build, "out": out, "time": time_, "compile": compile_})

@@ -5,11 +5,10 @@ Every line in is a JSON command, every line out its JSON answer: `build` (tokens
 and Gumbel noise after the logits). Needs only torch.
 """
 
-import json
-import sys
 import time
 
 import torch
+from serve import serve
 
 
 class Plain:
@@ -41,22 +40,22 @@ class Plain:
         noise = -torch.log(torch.empty_like(law).exponential_())
         return (torch.log(law) + noise).argmax(-1)
 
+    def seconds(self, what):
+        """Of one call."""
+        begin = time.perf_counter()
+        with torch.no_grad():
+            getattr(self, what)()
+        return time.perf_counter() - begin
 
-def main():
-    plain = None
-    for line in sys.stdin:
-        command = json.loads(line)
-        do = command.pop("do")
-        if do == "build":
-            plain = Plain(**command)
-            answer = {"torch": torch.__version__}
-        else:
-            begin = time.perf_counter()
-            with torch.no_grad():
-                getattr(plain, command["what"])()
-            answer = time.perf_counter() - begin
-        print(json.dumps(answer), flush=True)
+
+PLAIN = []
+
+
+def build(**sizes):
+    """The arrays of what is timed."""
+    PLAIN[:] = [Plain(**sizes)]
+    return {"torch": torch.__version__}
 
 
 if __name__ == "__main__":
-    main()
+    serve({"build": build, "time": lambda what: PLAIN[0].seconds(what)})

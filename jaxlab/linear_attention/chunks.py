@@ -7,6 +7,7 @@ The gradient stores inputs and states between groups, and makes the rest again, 
 Source: note on TTT as linear attention, sections 5.3, 6 and 9.
 """
 
+import functools
 import operator
 from collections.abc import Callable
 from typing import NamedTuple
@@ -15,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 
+from jaxlab import affine
 from jaxlab.varying import vary_like
 
 # Chunks whose maps are in memory at once.
@@ -108,18 +110,14 @@ def run_chunks(
         final, out = jax.lax.scan(jax.checkpoint(group, prevent_cse=False), start, chunks)
         return flat(out), final
 
-    def combine(first, second):
-        (a1, x1), (a2, x2) = first, second
-        return times(a2, a1), times(a2, x1) + x2
-
     # Made again too: the gradient of an associative scan in shard_map crashes jaxlib 0.11.2.
     @jax.checkpoint
     def states(carry, write, start):
-        total = jax.lax.associative_scan(combine, (carry, write))
+        total = jax.lax.associative_scan(functools.partial(affine.compose, times), (carry, write))
         return jnp.concatenate([start[None], times(total[0], start) + total[1]])
 
-    affine = jax.checkpoint(lambda part: prepare(part).affine(), prevent_cse=False)
-    maps = jax.tree.map(flat, jax.lax.map(affine, chunks))
+    as_affine = jax.checkpoint(lambda part: prepare(part).affine(), prevent_cse=False)
+    maps = jax.tree.map(flat, jax.lax.map(as_affine, chunks))
     entered = states(maps.carry, maps.write, start)
     return maps.out(entered[:-1]), entered[-1]
 

@@ -6,7 +6,7 @@ from typing import Annotated
 import numpy as np
 
 from train.data.problems import Problems, answer_ids, parse_tasks, prompt_ids, row
-from train.data.tokenizers import load_tokenizer, tokenizer_file
+from train.data.tokenizers import TokenRows, load_tokenizer
 
 TASKS = (
     "chain_sum min_terms=2 max_terms=2 min_digits=1 max_digits=1",
@@ -17,7 +17,7 @@ TASKS = (
 
 
 @dataclasses.dataclass(frozen=True)
-class Reason:
+class Reason(TokenRows):
     """Reasoning-gym problems, one a row; the loss is that of the answer alone."""
 
     tasks: Annotated[tuple[str, ...], "datasets of reasoning-gym, each 'name field=3 ...'"] = TASKS
@@ -43,19 +43,6 @@ class Reason:
                 f"source.prompt={self.prompt} + source.new={self.new} is not divisible by "
                 f"mesh.ring * mesh.context={parts}"
             )
-
-    def spec(self, batch: int):
-        """Names, shapes and dtypes of a global batch."""
-        from train.data.packing import batch_spec
-
-        return batch_spec(batch, self.seq_len)
-
-    def vocab_size(self) -> int | None:
-        """Size of the vocabulary; None while the tokenizer's file is not there (planning)."""
-        file = tokenizer_file(self.tokenizer)
-        if file is not None and not file.is_file():
-            return None
-        return load_tokenizer(self.tokenizer).vocab_size
 
     def make(
         self, batch: int, *, seed: int, split: str, process_index: int = 0, process_count: int = 1

@@ -3,14 +3,14 @@
 import dataclasses
 from typing import Annotated, Literal
 
+from train.data.tokenizers import TokenRows
 from train.data.tokenizers import load_tokenizer as load_tokenizer
-from train.data.tokenizers import tokenizer_file
 
 PACKING = ("concat", "first_fit")
 
 
 @dataclasses.dataclass(frozen=True)
-class Text:
+class Text(TokenRows):
     """Next-token batches of files of text, documents kept apart by segment ids."""
 
     files: Annotated[
@@ -52,19 +52,6 @@ class Text:
             raise ValueError(f"source.packing={self.packing!r} must be one of {list(PACKING)}")
         if not 0 < self.valid_fraction < 1:
             raise ValueError(f"source.valid_fraction={self.valid_fraction} must be between 0 and 1")
-
-    def spec(self, batch: int):
-        """Names, shapes and dtypes of a global batch."""
-        from train.data.packing import batch_spec
-
-        return batch_spec(batch, self.seq_len)
-
-    def vocab_size(self) -> int | None:
-        """Size of the vocabulary; None while the tokenizer's file is not there (planning)."""
-        file = tokenizer_file(self.tokenizer)
-        if file is not None and not file.is_file():
-            return None
-        return load_tokenizer(self.tokenizer).vocab_size
 
     def make(
         self, batch: int, *, seed: int, split: str, process_index: int = 0, process_count: int = 1

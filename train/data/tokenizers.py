@@ -120,3 +120,23 @@ def load_tokenizer(name: str) -> Tokenizer:
             f"source.tokenizer={name!r}: no file {file}; give 'bytes', a tokenizer.json or its folder"
         )
     return HuggingFace(file)
+
+
+class TokenRows:
+    """What sources of rows of tokens share, beside the fields `tokenizer` and `seq_len`."""
+
+    tokenizer: str
+    seq_len: int
+
+    def spec(self, batch: int):
+        """Names, shapes and dtypes of a global batch."""
+        from train.data.packing import batch_spec
+
+        return batch_spec(batch, self.seq_len)
+
+    def vocab_size(self) -> int | None:
+        """Size of the vocabulary; None while the tokenizer's file is not there (planning)."""
+        file = tokenizer_file(self.tokenizer)
+        if file is not None and not file.is_file():
+            return None
+        return load_tokenizer(self.tokenizer).vocab_size
