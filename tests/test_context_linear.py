@@ -13,6 +13,7 @@ from jaxlab import linear_attention as la
 from jaxlab.ttt import LADDER, FastWeights, InnerConfig, ttt
 from sharding.context import context_recurrence, context_ttt
 from sharding.context.linear import RECURRENCES
+from sharding.hlo import Module
 from sharding.plan import count_collectives
 
 quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
@@ -231,6 +232,27 @@ def test_what_is_sent_does_not_depend_on_the_length(name):
         short, long = (ttt_inputs(SMALL[name], t) for t in (64, 256))
     first, second = moved_bytes(sharded, short), moved_bytes(sharded, long)
     assert first == second and sum(first.values()) > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [*RECURRENCES, "V1p", "V2", "V6"])
+def test_compiled_programs_send_as_much_for_any_length(name):
+    mesh = mesh_of(MESHES["context 8"])
+
+    def sent(t):
+        if name in RECURRENCES:
+            fn = lambda **args: context_recurrence(name, **args, mesh=mesh)[0]  # noqa: E731
+            args = inputs(name, t)
+        else:
+            fn, args = (
+                functools.partial(context_ttt, cfg=SMALL[name], mesh=mesh),
+                ttt_inputs(SMALL[name], t),
+            )
+        gradient = jax.jit(jax.grad(lambda args: jnp.sum(jnp.sin(fn(**args)))))
+        found = Module(gradient.lower(args).compile().as_text()).collectives()
+        return sum(c.calls * c.bytes for c in found)
+
+    assert sent(64) == sent(256) > 0
 
 
 def test_spread_chunks_send_their_tokens_once_each_way_and_gradients_a_chunk():
