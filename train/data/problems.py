@@ -33,7 +33,7 @@ class Problems:
 
     def __init__(self, tasks: tuple[str, ...], seed: int, split: str):
         try:
-            import reasoning_gym
+            import reasoning_gym  # pyright: ignore[reportMissingImports]  (of the extra rl)
         except ImportError as error:
             raise ImportError("reasoning tasks need: pip install 'jaxlab[rl]'") from error
         parsed = parse_tasks(tasks)
