@@ -452,6 +452,7 @@ def test_eval_takes_the_mesh_of_the_run_where_it_fits():
     assert mesh_here(own, devices=8, processes=2) == MeshShape(data=-1)
 
 
+@pytest.mark.slow
 @pytest.mark.multiprocess
 def test_eval_by_two_processes_is_eval_by_one(place):
     """The run was of eight devices; the four there are share its rows."""
