@@ -203,9 +203,7 @@ def moved_bytes(fn, args):
 
 @pytest.mark.parametrize(
     "name",
-    some(
-        [*RECURRENCES, "momentum", "V1p", "V2", "V6"], ("gated_delta_rule", "V1p")
-    ),
+    some([*RECURRENCES, "momentum", "V1p", "V2", "V6"], ("gated_delta_rule", "V1p")),
 )
 def test_what_is_sent_does_not_depend_on_the_length(name):
     mesh = mesh_of(MESHES["context 8"])

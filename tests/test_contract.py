@@ -14,9 +14,6 @@ from contract_cases import CASES, EXEMPT, INTERNAL
 import jaxlab
 
 TOLERANCE = {"float32": 2e-6, "bfloat16": 2e-2}
-every_dtype = pytest.mark.parametrize(
-    "dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)]
-)
 every = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 
 
@@ -54,12 +51,9 @@ def close(a, b, dtype):
     )
 
 
-@every
-@every_dtype
-def test_jit_is_no_jit_and_the_dtype_is_kept(case, dtype):
-    args = case.args(jax.random.key(0), dtype)
-    plain = case.call(*args)
-    close(jax.jit(case.call)(*args), plain, dtype)
+def check_plain(case, plain, jitted, dtype):
+    """The plain call is the jitted one, finite, and of the type it promises."""
+    close(jitted, plain, dtype)
     expected = jnp.float32 if case.out == "wide" else dtype
     for x in floating(plain):
         assert x.dtype == expected
@@ -67,17 +61,25 @@ def test_jit_is_no_jit_and_the_dtype_is_kept(case, dtype):
 
 
 @every
-def test_vmap_is_a_loop_and_one_trace_serves_every_value(case):
+def test_jit_and_vmap_are_the_plain_call_and_one_trace_serves_every_value(case):
     args = [case.args(jax.random.key(i), "float32") for i in range(3)]
-    stacked = jax.tree.map(lambda *x: jnp.stack(x), *args)
     one = jax.jit(chex.assert_max_traces(case.call, n=1))
-    loop = jax.tree.map(lambda *x: jnp.stack(x), *(one(*a) for a in args))
+    out = [one(*a) for a in args]
     chex.clear_trace_counter()
-    close(jax.jit(jax.vmap(case.call))(*stacked), loop, "float32")
+    check_plain(case, case.call(*args[0]), out[0], "float32")
+    stack = lambda trees: jax.tree.map(lambda *x: jnp.stack(x), *trees)  # noqa: E731
+    close(jax.jit(jax.vmap(case.call))(*stack(args)), stack(out), "float32")
+
+
+@pytest.mark.slow
+@every
+def test_bfloat16_is_kept(case):
+    args = case.args(jax.random.key(0), "bfloat16")
+    check_plain(case, case.call(*args), jax.jit(case.call)(*args), "bfloat16")
 
 
 @every
-@every_dtype
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
 def test_gradients_are_finite_and_of_the_argument_s_type(case, dtype):
     if not case.grad:
         pytest.skip("not differentiable by nature")
