@@ -60,15 +60,43 @@ def check_plain(case, plain, jitted, dtype):
         assert bool(jnp.all(jnp.isfinite(x)))
 
 
+def differentiated(case, which):
+    """(gradients by the arguments `which`, result) of a call."""
+
+    def total(*args):
+        out = case.call(*args)
+        return sum(jnp.sum(jnp.sin(x.astype(jnp.float32))) for x in floating(out)), out
+
+    return jax.grad(total, argnums=which, has_aux=True)
+
+
+def check_gradients(grads, args, which):
+    """Gradients are finite, of their arguments' types, and not all zero."""
+    for i, grad in zip(which, grads, strict=True):
+        chex.assert_trees_all_equal_shapes_and_dtypes(grad, args[i])
+        assert all(bool(jnp.all(jnp.isfinite(g))) for g in jax.tree.leaves(grad))
+    assert any(bool(jnp.any(g != 0)) for g in jax.tree.leaves(grads))
+
+
+def differentiable(case, args) -> list[int]:
+    return [i for i, x in enumerate(args) if case.grad and floating(x)]
+
+
 @every
-def test_jit_and_vmap_are_the_plain_call_and_one_trace_serves_every_value(case):
+def test_jit_vmap_and_grad_are_the_plain_call_and_one_trace_serves_every_value(case):
     args = [case.args(jax.random.key(i), "float32") for i in range(3)]
     one = jax.jit(chex.assert_max_traces(case.call, n=1))
-    out = [one(*a) for a in args]
+    results = [one(*a) for a in args]
     chex.clear_trace_counter()
-    check_plain(case, case.call(*args[0]), out[0], "float32")
+    check_plain(case, case.call(*args[0]), results[0], "float32")
     stack = lambda trees: jax.tree.map(lambda *x: jnp.stack(x), *trees)  # noqa: E731
-    close(jax.jit(jax.vmap(case.call))(*stack(args)), stack(out), "float32")
+    stacked, which = stack(args), differentiable(case, args[0])
+    if which:  # one compilation for both transformations
+        grads, mapped = jax.jit(jax.vmap(differentiated(case, which)))(*stacked)
+        check_gradients(grads, stacked, which)
+    else:
+        mapped = jax.jit(jax.vmap(case.call))(*stacked)
+    close(mapped, stack(results), "float32")
 
 
 @pytest.mark.slow
@@ -76,21 +104,5 @@ def test_jit_and_vmap_are_the_plain_call_and_one_trace_serves_every_value(case):
 def test_bfloat16_is_kept(case):
     args = case.args(jax.random.key(0), "bfloat16")
     check_plain(case, case.call(*args), jax.jit(case.call)(*args), "bfloat16")
-
-
-@every
-@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
-def test_gradients_are_finite_and_of_the_argument_s_type(case, dtype):
-    if not case.grad:
-        pytest.skip("not differentiable by nature")
-    args = case.args(jax.random.key(0), dtype)
-    which = [i for i, x in enumerate(args) if floating(x)]
-
-    def total(*args):
-        return sum(jnp.sum(jnp.sin(x.astype(jnp.float32))) for x in floating(case.call(*args)))
-
-    grads = jax.jit(jax.grad(total, argnums=which))(*args)
-    for i, grad in zip(which, grads, strict=True):
-        chex.assert_trees_all_equal_shapes_and_dtypes(grad, args[i])
-        assert all(bool(jnp.all(jnp.isfinite(g))) for g in jax.tree.leaves(grad))
-    assert any(bool(jnp.any(g != 0)) for g in jax.tree.leaves(grads))
+    if which := differentiable(case, args):
+        check_gradients(jax.jit(differentiated(case, which))(*args)[0], args, which)
