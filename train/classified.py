@@ -11,7 +11,7 @@ from jaxlab import uncertainty as un
 from train.evaluate import Scene
 from train.feed import global_batch
 from train.objectives import inputs_of
-from train.posterior import Dropout, Laplace, Members, Swag
+from train.posterior import Dropout, Laplace, Members, Runs, Swag
 
 RANKED = ("entropy", "mi", "c_sum", "maxprob")  # what errors and strangers are told by
 
@@ -26,9 +26,9 @@ class Uncertainty:
     auroc, aupr and fpr95 by score.
     """
 
-    posterior: Annotated[Dropout | Members | Laplace | Swag, "where the samples come from"] = (
-        Dropout()
-    )
+    posterior: Annotated[
+        Dropout | Members | Laplace | Swag | Runs, "where the samples come from"
+    ] = Dropout()
     critical: Annotated[tuple[int, ...], "classes that must not be missed; (): none"] = ()
     coverage: Annotated[float, "share that is kept where rates are reported"] = 0.8
 
@@ -64,7 +64,7 @@ class Uncertainty:
                 batch = global_batch(fetch, rows.spec, scene.mesh)
                 key = jax.random.fold_in(jax.random.key(run.seed), i)
                 p = predict(fitted, inputs_of(batch), key)
-                parts.append(jax.device_get((p, batch["labels"], inputs_of(batch))))
+                parts.append(jax.device_get((p, batch["labels"], inputs_of(batch)[0])))
             p, y, x = zip(*parts, strict=True)
             return (
                 np.concatenate(p, 1)[:, :size],
@@ -76,7 +76,7 @@ class Uncertainty:
             fitted = samples.prepare(params)
             p, y, x = predictions(fitted, "valid")
             values = figures(p, y, self.critical, self.coverage)
-            if hasattr(scene.run.source, "leave_out"):
+            if "ood" in getattr(scene.run.source, "splits", ()):
                 strange = predictions(fitted, "ood")[0]
                 values |= detection(p, strange)
             if scene.folder is not None:

@@ -7,10 +7,26 @@ A field that holds one of several dataclasses, or none, takes a class name (its 
 import ast
 import dataclasses
 import difflib
+import functools
+import importlib
 import math
+import operator
 import types
 import typing
 from typing import Any, Literal
+
+
+class Kinds(tuple[str, ...]):
+    """In the annotation of a field of type Any: "module:Class" of what it may be set to by name.
+
+    Imported only when the field is set.
+    """
+
+    def union(self) -> Any:
+        """The union type of the classes."""
+        named = (text.partition(":") for text in self)
+        found = [getattr(importlib.import_module(module), name) for module, _, name in named]
+        return functools.reduce(operator.or_, found)
 
 
 def override(config: Any, assignments: list[str]) -> Any:
@@ -81,7 +97,9 @@ def _choices(hint: Any) -> list[Any]:
 
 
 def _hint(node: Any, key: str) -> Any:
-    return typing.get_type_hints(type(node), include_extras=True)[key]
+    hint = typing.get_type_hints(type(node), include_extras=True)[key]
+    kinds = [x for x in getattr(hint, "__metadata__", ()) if isinstance(x, Kinds)]
+    return kinds[0].union() if kinds else hint
 
 
 def parse(text: str, hint: Any, path: str) -> Any:

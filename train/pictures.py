@@ -99,7 +99,7 @@ def draw(folder: Path, page: str, p, y, x, critical: tuple[int, ...]) -> None:
     worst = np.argsort(-c.sum(-1), kind="stable")[:6]
     grid = figure.subplots(2, 6, squeeze=False)
     for i, row in enumerate(worst):
-        if x.ndim == 3:
+        if x.ndim > 2:
             grid[0, i].imshow(x[row], cmap="gray")
         else:
             grid[0, i].bar(range(x.shape[1]), x[row])

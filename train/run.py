@@ -11,8 +11,14 @@ from typing import Annotated, Any
 
 from sharding.mesh import MeshShape
 from train.optimizer import Optimizer
+from train.overrides import Kinds
 
 ROOMS = ("jaxlab", "sharding", "models", "train", "configs")
+
+SOURCES = Kinds(
+    f"train.data.{name}"
+    for name in ("text:Text", "labelled:Images", "labelled:Table", "tabular:Shipped", "digits:Digits")
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,7 +27,7 @@ class Run:
 
     model: Any
     objective: Any
-    source: Any
+    source: Annotated[Any, SOURCES]
     evaluators: tuple[Any, ...] = ()
     optimizer: Optimizer = dataclasses.field(default_factory=Optimizer)
     mesh: MeshShape = dataclasses.field(default_factory=MeshShape)

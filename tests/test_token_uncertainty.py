@@ -1,0 +1,254 @@
+"""Uncertainty of next tokens: the tiled function against whole arrays, dropout in the decoder, the evaluator."""
+
+import dataclasses
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from configs import presets
+from jaxlab import uncertainty as un
+from models.decoder import DecoderConfig
+from train import trainer
+from train.cli import main
+from train.data.text import Text
+from train.evaluate import Scene
+from train.objectives import NextToken
+from train.optimizer import Optimizer
+from train.posterior import Dropout, Laplace, Runs, Swag
+from train.run import Run
+from train.state import init_params
+from train.tokens import Tokens
+
+S, B, T, D, V = 4, 2, 6, 3, 7
+CLASSES = (5, 0, 3)
+
+
+def xlogx(x):
+    return np.where(x > 0, x * np.log(np.where(x > 0, x, 1)), 0)
+
+
+def oracle(hidden, head, targets):
+    """From whole probabilities, in float64."""
+    hidden, head = np.asarray(hidden, np.float64), np.asarray(head, np.float64)
+    z = np.einsum("sbtd,dv->sbtv" if head.ndim == 2 else "sbtd,sdv->sbtv", hidden, head)
+    p = np.exp(z - z.max(-1, keepdims=True))
+    p /= p.sum(-1, keepdims=True)
+    mu, var = p.mean(0), p.var(0)
+    c, d = var / (2 * mu), xlogx(p).mean(0) - xlogx(mu)
+    chosen = np.take_along_axis(mu, np.maximum(targets, 0)[..., None], -1)[..., 0]
+    at = list(CLASSES)
+    return un.TokenUncertainty(
+        -xlogx(mu).sum(-1), d.sum(-1), c.sum(-1), 1 - mu.max(-1),
+        np.where(targets >= 0, -np.log(chosen), 0), mu.argmax(-1), c.argmax(-1),
+        c[..., at], d[..., at], mu[..., at],
+    )  # fmt: skip
+
+
+def drawn(seed, own_heads):
+    random = np.random.default_rng(seed)
+    hidden = random.normal(size=(S, B, T, D))
+    head = random.normal(size=(S, D, V) if own_heads else (D, V))
+    return hidden, head, random.integers(-1, V, (B, T))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("tiles, own_heads", [(1, True), (3, False), (6, True)])
+def test_tokens_against_whole_probabilities(tiles, own_heads, dtype):
+    with jax.enable_x64(dtype == "float64"):
+        hidden, head, targets = drawn(tiles, own_heads)
+        hidden, head = hidden.astype(dtype), head.astype(dtype)
+        fn = jax.jit(un.token_uncertainty, static_argnames=("classes", "n_tiles"))
+        found = fn(hidden, head, targets, CLASSES, n_tiles=tiles)
+        want = oracle(hidden, head, targets)
+        tolerance = {"float32": 1e-6, "float64": 1e-13}[dtype]
+        for name, x, y in zip(found._fields, found, want, strict=True):
+            np.testing.assert_allclose(x, y, tolerance, tolerance, err_msg=name)
+        assert found.mi.dtype == dtype and found.dominant.dtype == jnp.int32
+        assert fn(hidden, head, targets, (), n_tiles=tiles).c.shape == (B, T, 0)
+
+
+def test_memory_is_that_of_a_tile():
+    shapes = [jax.ShapeDtypeStruct(s, t) for s, t in
+              (((8, 1, 64, 4), "float32"), ((4, 512), "float32"), ((1, 64), "int32"))]  # fmt: skip
+    temporary = {}
+    for n in (1, 16):
+        fn = jax.jit(lambda h, w, y, n=n: un.token_uncertainty(h, w, y, n_tiles=n))
+        temporary[n] = fn.lower(*shapes).compile().memory_analysis().temp_size_in_bytes
+    assert temporary[16] < temporary[1] / 8
+
+
+@pytest.mark.parametrize(
+    "change, kind, message",
+    [
+        (dict(hidden=np.ones((1, B, T, D))), ValueError, r"hidden=\(1, 2, 6, 3\).*at least 2"),
+        (dict(hidden=np.ones((S, T, D))), ValueError, r"hidden=\(4, 6, 3\)"),
+        (dict(hidden=np.full((S, B, T, D), np.nan)), ValueError, "hidden must be finite"),
+        (dict(head=np.ones((D + 1, V))), ValueError, r"head=\(4, 7\) must be \[3, v\] or \[4, 3, v\]"),
+        (dict(head=np.ones((D, 1))), ValueError, "v at least 2"),
+        (dict(targets=np.zeros((B, T))), ValueError, "targets=.* float"),
+        (dict(targets=np.full((B, T), V)), ValueError, "targets must be below the vocabulary 7"),
+        (dict(classes=(V,)), ValueError, "classes=.7,.*below 7"),
+        (dict(classes=(1, 1)), ValueError, "classes=.1, 1.*different"),
+        (dict(n_tiles=4), ValueError, "n_tiles=4 must divide the 6 tokens"),
+        (dict(n_tiles=0), ValueError, "n_tiles=0"),
+    ],
+    ids=lambda x: "",
+)
+def test_errors_name_what_is_wrong(change, kind, message):
+    good = dict(zip(("hidden", "head", "targets"), drawn(0, False), strict=True))
+    with pytest.raises(kind, match=message):
+        un.token_uncertainty(**(good | {"classes": CLASSES} | change))
+
+
+SMALL = DecoderConfig(layers=2, d_model=16, heads=2, kv_heads=2, head_dim=8, mlp=16, dropout=0.3)
+TOKENS = jnp.arange(24).reshape(2, 12)
+
+
+def built(config):
+    module = config.build("cpu")
+    inputs = (jax.ShapeDtypeStruct((1, 12), jnp.int32),)
+    return module, init_params(module, jax.random.key(0), inputs)
+
+
+def test_dropout_is_on_where_an_rng_is_given():
+    module, params = built(SMALL)
+    call = jax.jit(lambda p, key: module.apply({"params": p}, TOKENS, rngs={"dropout": key}))
+    plain = module.apply({"params": params}, TOKENS)
+    one, same, other = (call(params, jax.random.key(i)) for i in (1, 1, 2))
+    np.testing.assert_array_equal(one, same)
+    assert not np.allclose(one, other) and not np.allclose(one, plain)
+    # Parameters are those of a model without it, and so is what it says when there is no rng.
+    without, fresh = built(dataclasses.replace(SMALL, dropout=0.0))
+    jax.tree.map(np.testing.assert_array_equal, params, fresh)
+    np.testing.assert_array_equal(without.apply({"params": params}, TOKENS), plain)
+
+
+def test_the_mean_over_masks_keeps_the_scale():
+    """One layer whose mixer says nothing: the residual stream is x + mask / keep * MLP(x)."""
+    config = dataclasses.replace(SMALL, layers=1)
+    module, params = built(config)
+    params = jax.tree.map(lambda x: x, params)
+    params["blocks"]["mixer_0"]["wo"] *= 0
+    params["norm"]["scale"] *= 0  # the final norm is no linear map: look at what goes in
+    state = lambda key: module.apply(  # noqa: E731
+        {"params": params}, TOKENS, rngs={} if key is None else {"dropout": key},
+        capture_intermediates=lambda m, name: type(m).__name__ == "Block", mutable=["intermediates"],
+    )[1]["intermediates"]["blocks"]["__call__"][0][0][0]  # fmt: skip
+    want, x = np.asarray(state(None)), np.asarray(params["embedding"][TOKENS])
+    branch = want - x
+    found = np.asarray(jax.jit(jax.vmap(state))(jax.random.split(jax.random.key(3), 300))) - x
+    kept = np.isclose(found, branch / 0.7, atol=1e-5)
+    assert np.all(kept | np.isclose(found, 0, atol=1e-6))
+    assert abs(kept.mean() - 0.7) < 0.01
+
+
+def training_step(dropout):
+    """The compiled text of a training step."""
+    run = run_of(model=dataclasses.replace(SMALL, dropout=dropout))
+    program = trainer.build(run.check(1), jax.devices()[:1])
+    return program.step.lower(program.state, program.batch).compile().as_text()
+
+
+def run_of(**changes):
+    fields = dict(
+        model=SMALL, objective=NextToken(), source=Text(seq_len=32),
+        evaluators=(Tokens(Dropout(4), critical="(1)", batches=1, tiles=4),),
+        optimizer=Optimizer(warmup=0), steps=4, batch=8, log_every=1, save_every=2,
+    )  # fmt: skip
+    return Run(**(fields | changes))
+
+
+def test_no_dropout_costs_nothing():
+    """The step of a model without it draws no random number."""
+    words = re.compile(r"rng|threefry|shift-right-logical")
+    assert not words.search(training_step(0.0)) and words.search(training_step(0.3))
+
+
+def test_masks_change_by_step_and_not_with_the_mesh(tmp_path):
+    """Same losses on one device and on eight; evaluation draws the same samples."""
+    outcomes = []
+    for data in (1, 8):
+        run = run_of(mesh=dataclasses.replace(run_of().mesh, data=data))
+        outcomes.append(trainer.fit(run, tmp_path / str(data), quiet=True).values)
+    assert set(outcomes[0]) == set(outcomes[1])
+    for name in outcomes[0]:
+        np.testing.assert_allclose(outcomes[0][name], outcomes[1][name], 2e-3, 1e-4, err_msg=name)
+    module, params = built(SMALL)
+    apply = lambda p, *a, **k: module.apply({"params": p}, *a, **k)  # noqa: E731
+    batch = run_of().source.make(2, seed=0, split="train").batch_at(0)
+    loss = lambda key, **more: NextToken()(apply, params, batch | more, key)[0]  # noqa: E731
+    first, second = (jax.random.fold_in(jax.random.key(0), i) for i in (0, 1))
+    assert loss(first, step=0) != loss(second, step=1)
+    assert loss(first) == loss(second)  # held out
+
+
+@pytest.mark.parametrize("posterior", [Dropout(3), Swag(3, steps=4, every=2, rank=2)], ids=str)
+def test_the_evaluator_reports_what_whole_arrays_give(posterior, tmp_path):
+    run = run_of(evaluators=(Tokens(posterior, critical="ae", batches=2, tiles=8),)).check(1)
+    program = trainer.build(run, jax.devices()[:1])
+    params = program.init().params
+    (evaluator,) = run.evaluators
+    scene = Scene(run, program.apply, program.mesh, (0, 1), None, tmp_path)
+    with jax.set_mesh(program.mesh):
+        values = evaluator.make(scene)(params, 0)
+        samples = posterior.make(scene)
+        fitted, rows = samples.prepare(params), run.source.make(8, seed=0, split="valid")
+        p, y = [], []
+        for i in range(2):
+            batch = rows.batch_at(i)
+            inputs = tuple(batch[n] for n in ("tokens", "positions", "segment_ids"))
+            key = jax.random.fold_in(jax.random.key(0), i)
+            p.append(jax.jit(samples.predict)(fitted, inputs, key))
+            y.append(batch["targets"])
+    real = np.concatenate(y) >= 0
+    p, y = np.concatenate(p, 1)[:, real], np.concatenate(y)[real]
+    mean, wrong = p.mean(0), p.mean(0).argmax(-1) != y
+    want = {
+        "tokens": len(y), "accuracy": np.mean(~wrong), "nll": -np.log(mean[np.arange(len(y)), y]).mean(),
+        "mi": un.mutual_information(p).mean(),
+        "error_auroc/mi": un.auroc(un.mutual_information(p), wrong),
+        "token/a/c": un.contributions(p).mean(0)[ord("a")],
+    }  # fmt: skip
+    for name, x in want.items():
+        np.testing.assert_allclose(values[f"uncertainty/{name}"], x, 1e-3, 1e-6, err_msg=name)
+    assert 0 <= values["uncertainty/critical_fnr/missed_critical_mass"] <= 1
+    page = (tmp_path / "uncertainty" / "tokens.md").read_text()
+    assert page.count("\n|") == 14 and "uncertain about" in page
+
+
+def test_an_ensemble_of_runs_and_the_command(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for name, seed in (("a", 0), ("b", 1)):
+        run = run_of(seed=seed, steps=2, evaluators=(Tokens(Dropout(2), batches=1),))
+        trainer.fit(run, tmp_path / name, quiet=True)
+    fields = ["evaluators.0.posterior=Runs", "evaluators.0.posterior.runs=b"]
+    capsys.readouterr()
+    assert main(presets(), ["eval", "a", *fields]) == 0, capsys.readouterr().err
+    assert "uncertainty/mi" in capsys.readouterr().out
+    assert (tmp_path / "a" / "uncertainty" / "tokens.md").is_file()
+    other = dataclasses.replace(run, model=dataclasses.replace(SMALL, mlp=24))
+    with pytest.raises(ValueError, match="posterior Runs: runs=b: its model.mlp is 16, here it is 24"):
+        Runs(("b",)).check(other)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"model": dataclasses.replace(SMALL, dropout=0.0)}, "Dropout needs model.dropout above 0"),
+        ({"model": dataclasses.replace(SMALL, dropout=1.0)}, "model.dropout=1.0"),
+        ({"evaluators": (Tokens(tiles=5),)}, "tiles=5 divide source.seq_len=32"),
+        ({"evaluators": (Tokens(coverage=0.0),)}, "coverage=0.0"),
+        ({"evaluators": (Tokens(batches=-1),)}, "batches=-1"),
+        ({"evaluators": (Tokens(Runs()),)}, "must name at least one run"),
+        ({"evaluators": (Tokens(Laplace()),)}, "Laplace needs a classifier"),  # pyright: ignore
+    ],
+    ids=lambda x: x if isinstance(x, str) else "",
+)
+def test_what_cannot_work_is_named(changes, message):
+    with pytest.raises(ValueError, match=message):
+        run_of(**changes).check(1)
+    with pytest.raises(ValueError, match="Tokens needs a language model"):
+        dataclasses.replace(presets()["digits"].make(), evaluators=(Tokens(),)).check(1)
