@@ -1,7 +1,7 @@
 """Labelled images and rows of one's own: every format against the arrays that were written, and errors."""
 
+import dataclasses
 import io
-import json
 import shutil
 
 import jax
@@ -10,9 +10,12 @@ import pytest
 
 from configs import presets
 from models.vittt import ViTTTConfig
+from train import trainer
 from train.cli import main
 from train.data.examples import parse_example
 from train.data.labelled import Images, Table, parts
+from train.evaluate import HeldOut
+from train.metrics import read, series
 from train.objectives import Classify
 from train.overrides import override
 
@@ -312,34 +315,35 @@ def test_model_and_source_must_agree_on_colours():
         jax.eval_shape(model.init, jax.random.key(0), np.zeros((1, 8, 8)))
 
 
-def test_a_source_is_chosen_by_name():
-    run = override(presets()["digits"].make(), ["source=Table", "source.files=a,b"])
-    assert run.source == Table(files=("a", "b"))
-    with pytest.raises(ValueError, match="source='Picture' is not Text or Images or Table"):
-        override(run, ["source=Picture"])
-
-
-def test_a_folder_trains_resumes_and_is_questioned_by_the_command(tmp_path, monkeypatch, capsys):
-    """`digits` on images of one's own, with strangers to detect; the epoch goes on after a restart."""
-    monkeypatch.chdir(tmp_path)
+def mine(folder):
+    """The preset `digits` on images of one's own, as the command has it."""
     for name in ("mine", "strange"):
-        (tmp_path / name).mkdir()
-        write_images("folder", tmp_path / name, pixels())
-    fields = ["source=Images", "source.files=mine", "source.ood_files=strange", "source.classes=3",
-              "source.image=6", "source.held_out=0.3", "model.classes=3", "model.features=108",
-              "model.d_model=8", "evaluators.1.critical=2", "evaluators.1.posterior.samples=3",
-              "steps=6", "batch=8", "save_every=3", "log_every=1", "eval_every=0"]  # fmt: skip
-    assert main(presets(), ["train", "digits", *fields, "--quiet"]) == 0, capsys.readouterr().err
-    losses = lambda: {  # noqa: E731
-        row["step"]: row["loss"]
-        for row in map(json.loads, (tmp_path / "runs/digits/metrics.jsonl").read_text().splitlines())
-        if row.get("kind") == "train"
-    }
-    before = losses()
-    assert len(before) == 6
-    shutil.rmtree(tmp_path / "runs/digits/checkpoints/6")
-    assert main(presets(), ["train", "digits", *fields, "--quiet"]) == 0
-    assert losses() == before
+        (folder / name).mkdir()
+        write_images("folder", folder / name, pixels())
+    return ["source=Images", "source.files=mine", "source.ood_files=strange", "source.classes=3",
+            "source.image=6", "source.held_out=0.3", "model.classes=3", "model.features=108",
+            "model.d_model=8", "evaluators.1.critical=2", "evaluators.1.posterior.samples=3",
+            "steps=6", "batch=8", "save_every=3", "log_every=1", "eval_every=0"]  # fmt: skip
+
+
+def test_a_folder_trains_and_resumes_within_an_epoch(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run = override(presets()["digits"].make(), mine(tmp_path))
+    run = dataclasses.replace(run, evaluators=(HeldOut(0),))
+    folder = tmp_path / "run"
+    out = trainer.fit(run, folder, quiet=True)
+    losses = series(read(folder), "train", "loss")[1]
+    assert len(losses) == 6 and out.values["valid/accuracy"] >= 0
+    shutil.rmtree(folder / "checkpoints" / "6")
+    assert trainer.fit(run, folder, quiet=True).values == out.values
+    assert series(read(folder), "train", "loss")[1][-3:] == losses[-3:]
+
+
+@pytest.mark.slow
+def test_the_command_trains_on_a_folder_and_questions_the_model(tmp_path, monkeypatch, capsys):
+    """With strangers to detect."""
+    monkeypatch.chdir(tmp_path)
+    assert main(presets(), ["train", "digits", *mine(tmp_path), "--quiet"]) == 0
     capsys.readouterr()
     assert main(presets(), ["eval", "runs/digits"]) == 0
     said = capsys.readouterr().out

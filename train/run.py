@@ -20,6 +20,12 @@ SOURCES = Kinds(
     for name in ("text:Text", "labelled:Images", "labelled:Table", "tabular:Shipped", "digits:Digits")
 )
 
+EVALUATORS = Kinds(
+    f"train.{name}"
+    for name in ("evaluate:HeldOut", "evaluate:Bigram", "evaluate:Sample", "denoise:Denoised",
+                 "classified:Uncertainty", "tokens:Tokens")
+)  # fmt: skip
+
 
 @dataclasses.dataclass(frozen=True)
 class Run:
@@ -27,8 +33,8 @@ class Run:
 
     model: Any
     objective: Any
-    source: Annotated[Any, SOURCES]
-    evaluators: tuple[Any, ...] = ()
+    source: Annotated[Any, "where batches come from", SOURCES]
+    evaluators: Annotated[tuple[Any, ...], "what is measured on held-out data", EVALUATORS] = ()
     optimizer: Optimizer = dataclasses.field(default_factory=Optimizer)
     mesh: MeshShape = dataclasses.field(default_factory=MeshShape)
     steps: Annotated[int, "optimiser steps"] = 300
