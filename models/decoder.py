@@ -153,10 +153,7 @@ class DecoderConfig:
 
 
 class Block(nn.Module):
-    """Pre-norm residual layers, one per entry of `config.pattern`.
-
-    Dropout is on where an rng "dropout" is given, so that decoding and evaluation need not turn it off.
-    """
+    """Pre-norm residual layers, one per entry of `config.pattern`; an rng "dropout" turns dropout on."""
 
     config: DecoderConfig
 
@@ -164,9 +161,7 @@ class Block(nn.Module):
     def __call__(self, x, states, positions, segment_ids, inv_freq):
         c = self.config
         norm = lambda name: RMSNorm(c.norm_eps, c.param_dtype, name=name)  # noqa: E731
-        drop = lambda y: y  # noqa: E731
-        if c.dropout and self.has_rng("dropout"):
-            drop = nn.Dropout(c.dropout, deterministic=False)
+        drop = nn.Dropout(c.dropout, deterministic=not self.has_rng("dropout"))
         states = list(states)
         for i, mixer in enumerate(c.pattern):
             x = checkpoint_name(constrain(x, "batch", "length", "act_embed"), "blk_in")

@@ -1,4 +1,4 @@
-"""Uncertainty of next tokens: the tiled function against whole arrays, dropout in the decoder, the evaluator."""
+"""Uncertainty of next tokens: the tiled function against whole arrays, dropout in decoders, the evaluator."""
 
 import dataclasses
 import re
@@ -87,7 +87,11 @@ def test_memory_is_that_of_a_tile():
         (dict(hidden=np.ones((1, B, T, D))), ValueError, r"hidden=\(1, 2, 6, 3\).*at least 2"),
         (dict(hidden=np.ones((S, T, D))), ValueError, r"hidden=\(4, 6, 3\)"),
         (dict(hidden=np.full((S, B, T, D), np.nan)), ValueError, "hidden must be finite"),
-        (dict(head=np.ones((D + 1, V))), ValueError, r"head=\(4, 7\) must be \[3, v\] or \[4, 3, v\]"),
+        (
+            dict(head=np.ones((D + 1, V))),
+            ValueError,
+            r"head=\(4, 7\) must be \[3, v\] or \[4, 3, v\]",
+        ),
         (dict(head=np.ones((D, 1))), ValueError, "v at least 2"),
         (dict(targets=np.zeros((B, T))), ValueError, "targets=.* float"),
         (dict(targets=np.full((B, T), V)), ValueError, "targets must be below the vocabulary 7"),
@@ -221,15 +225,18 @@ def test_the_evaluator_reports_what_whole_arrays_give(posterior, tmp_path):
 def test_an_ensemble_of_runs_and_the_command(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     for name, seed in (("a", 0), ("b", 1)):
-        run = run_of(seed=seed, steps=2, evaluators=(Tokens(Dropout(2), batches=1),))
+        run = run_of(seed=seed, steps=2, evaluators=())
         trainer.fit(run, tmp_path / name, quiet=True)
-    fields = ["evaluators.0.posterior=Runs", "evaluators.0.posterior.runs=b"]
+    fields = ["evaluators.0=Tokens", "evaluators.0.batches=1", "evaluators.0.posterior=Runs",
+              "evaluators.0.posterior.runs=b"]  # fmt: skip
     capsys.readouterr()
     assert main(presets(), ["eval", "a", *fields]) == 0, capsys.readouterr().err
     assert "uncertainty/mi" in capsys.readouterr().out
     assert (tmp_path / "a" / "uncertainty" / "tokens.md").is_file()
     other = dataclasses.replace(run, model=dataclasses.replace(SMALL, mlp=24))
-    with pytest.raises(ValueError, match="posterior Runs: runs=b: its model.mlp is 16, here it is 24"):
+    with pytest.raises(
+        ValueError, match="posterior Runs: runs=b: its model.mlp is 16, here it is 24"
+    ):
         Runs(("b",)).check(other)
 
 

@@ -53,7 +53,9 @@ def _set(node: Any, keys: list[str], text: str, path: str, root: Any) -> Any:
             raise ValueError(f"{path}: {key!r} is not an index below {len(node)}")
         items = list(node)
         if not rest:
-            raise ValueError(f"{path} is a group of fields, set one of: {_inside(items[int(key)], path)}")
+            raise ValueError(
+                f"{path} is a group of fields, set one of: {_inside(items[int(key)], path)}"
+            )
         items[int(key)] = _set(items[int(key)], rest, text, path, root)
         return tuple(items)
     if node is None:

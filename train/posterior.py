@@ -86,7 +86,9 @@ class Runs:
             try:
                 starting_run(dataclasses.replace(run, start=folder))
             except ValueError as error:
-                raise ValueError(f"posterior Runs: {str(error).replace('start=', 'runs=', 1)}") from None
+                raise ValueError(
+                    f"posterior Runs: {str(error).replace('start=', 'runs=', 1)}"
+                ) from None
 
     def make(self, scene) -> Samples:
         """Reads the parameters of the others."""

@@ -17,7 +17,13 @@ ROOMS = ("jaxlab", "sharding", "models", "train", "configs")
 
 SOURCES = Kinds(
     f"train.data.{name}"
-    for name in ("text:Text", "labelled:Images", "labelled:Table", "tabular:Shipped", "digits:Digits")
+    for name in (
+        "text:Text",
+        "labelled:Images",
+        "labelled:Table",
+        "tabular:Shipped",
+        "digits:Digits",
+    )
 )
 
 EVALUATORS = Kinds(

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 
 from jaxlab import uncertainty as un
+from train.classified import areas, rates
 from train.evaluate import Scene
 from train.feed import global_batch
 from train.objectives import inputs_of
@@ -22,7 +23,7 @@ class Tokens:
     """Figures of the held-out part's next tokens, from samples of a posterior; `jaxlab eval` also writes
     the places where the model knows least.
 
-    Names: tokens, accuracy, nll, the mean entropy and mi; by score error_auroc, aurc and augrc. With
+    Names: tokens, accuracy, nll, the mean entropy and mi; by score error_auroc, aurc, eaurc and augrc. With
     critical tokens: how uncertain the model is about them (token/X/c, the mean C), and by score the area
     under the rate of critical tokens that are predicted as none, that rate at `coverage`, and the share
     of critical tokens deferred there.
@@ -110,17 +111,15 @@ def figures(u: un.TokenUncertainty, targets, critical, coverage: float) -> dict[
     values |= {name: getattr(u, name).mean() for name in ("entropy", "mi", "c_sum")}
     for name in SCORES:
         score = getattr(u, name)
-        values[f"error_auroc/{name}"] = un.auroc(score, wrong)
-        values[f"aurc/{name}"] = un.aurc(score, wrong)
-        values[f"augrc/{name}"] = un.augrc(score, wrong)
+        values[f"error_auroc/{name}"] = jax.jit(un.auroc)(score, wrong)
+        for area, value in areas(score, wrong).items():
+            values[f"{area}/{name}"] = value
     if critical:
         # Two classes: one of the critical tokens, or none of them.
         y, said = (np.isin(x, critical).astype(np.int32) for x in (targets, u.predicted))
         for name, score in about(u, said).items():
-            curve = un.selective_curve(y, said, score, (1,), (coverage,), num_classes=2)
-            values[f"critical_ausc/{name}"] = un.ausc(y, said, score, (1,))
-            values[f"critical_fnr/{name}"] = curve.critical_fnr[0]
-            values[f"critical_deferred/{name}"] = curve.deferred_critical[0]
+            for rate, value in rates(y, said, score, (1,), coverage, 2).items():
+                values[f"critical_{rate}/{name}"] = value
     return values
 
 

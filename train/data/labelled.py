@@ -40,7 +40,9 @@ class Labelled:
         for name in SPLITS.values():
             found = getattr(self, name)
             if not all(found) or (name == "files" and not found):
-                raise ValueError(f"source.{name}={list(found)} must name at least one file or folder")
+                raise ValueError(
+                    f"source.{name}={list(found)} must name at least one file or folder"
+                )
         if self.classes < 2:
             raise ValueError(f"source.classes={self.classes} must be at least 2")
         if not 0 < self.held_out < 1:
@@ -259,8 +261,10 @@ def _join(config: Labelled, split: str, names: tuple[str, ...] | None = None) ->
     labels = np.asarray([number.get(x, -1) if texts else x for x in given], np.int64)
     bad = np.flatnonzero((labels < 0) | (labels >= config.classes))
     if len(bad):
-        legal = f"one of {', '.join(texts)}" if texts else (
-            f"at least 0 and below source.classes={config.classes}"
+        legal = (
+            f"one of {', '.join(texts)}"
+            if texts
+            else (f"at least 0 and below source.classes={config.classes}")
         )
         raise ValueError(f"{where(bad[0])}: label {given[bad[0]]!r} must be {legal}")
     return Part(where, read, labels.astype(np.int32), texts)
