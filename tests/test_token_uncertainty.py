@@ -1,6 +1,7 @@
 """Uncertainty of next tokens: the tiled function against whole arrays, dropout in decoders, the evaluator."""
 
 import dataclasses
+import functools
 import re
 
 import flax.linen as nn
@@ -23,6 +24,9 @@ from train.run import Run
 from train.state import init_params
 from train.tokens import Tokens
 
+# Most of the time of this file is compilation.
+FAST = {"xla_backend_optimization_level": 0}
+quick_jit = functools.partial(jax.jit, compiler_options=FAST)
 S, B, T, D, V = 4, 2, 6, 3, 7
 CLASSES = (5, 0, 3)
 
@@ -61,7 +65,7 @@ def test_tokens_against_whole_probabilities(tiles, own_heads, dtype):
     with jax.enable_x64(dtype == "float64"):
         hidden, head, targets = drawn(tiles, own_heads)
         hidden, head = hidden.astype(dtype), head.astype(dtype)
-        fn = jax.jit(un.token_uncertainty, static_argnames=("classes", "n_tiles"))
+        fn = quick_jit(un.token_uncertainty, static_argnames=("classes", "n_tiles"))
         found = fn(hidden, head, targets, CLASSES, n_tiles=tiles)
         want = oracle(hidden, head, targets)
         tolerance = {"float32": 1e-6, "float64": 1e-13}[dtype]
@@ -115,21 +119,21 @@ TOKENS = jnp.arange(24).reshape(2, 12)
 def built(config):
     module = config.build("cpu")
     inputs = (jax.ShapeDtypeStruct((1, 12), jnp.int32),)
-    return module, jax.jit(lambda key: init_params(module, key, inputs))(jax.random.key(0))
+    return module, quick_jit(lambda key: init_params(module, key, inputs))(jax.random.key(0))
 
 
 def test_dropout_is_on_where_an_rng_is_given():
     module, params = built(SMALL)
     call = lambda p, key: module.apply({"params": p}, TOKENS, rngs={"dropout": key})  # noqa: E731
     keys = jax.vmap(jax.random.key)(jnp.array([1, 1, 2]))
-    one, same, other = jax.jit(jax.vmap(call, (None, 0)))(params, keys)
-    plain = jax.jit(lambda p: module.apply({"params": p}, TOKENS))(params)
+    one, same, other = quick_jit(jax.vmap(call, (None, 0)))(params, keys)
+    plain = quick_jit(lambda p: module.apply({"params": p}, TOKENS))(params)
     np.testing.assert_array_equal(one, same)
     assert not np.allclose(one, other) and not np.allclose(one, plain)
     # Parameters are those of a model without it, and so is what it says when there is no rng.
     without, fresh = built(dataclasses.replace(SMALL, dropout=0.0))
     jax.tree.map(np.testing.assert_array_equal, params, fresh)
-    said = jax.jit(lambda p: without.apply({"params": p}, TOKENS))(params)
+    said = quick_jit(lambda p: without.apply({"params": p}, TOKENS))(params)
     np.testing.assert_array_equal(said, plain)
 
 
@@ -137,22 +141,24 @@ def test_what_is_dropped_and_what_is_scaled():
     """A block whose mixer says nothing: x + mask / keep * MLP(x), 3 in 10 of the mask zero."""
     block, x = Block(SMALL), jax.random.normal(jax.random.key(1), (2, 12, 16))
     rest = (x, (None,), jnp.tile(jnp.arange(12), (2, 1)), None, jnp.ones(4))
-    params = nn.unbox(jax.jit(block.init)(jax.random.key(0), *rest))["params"]
+    params = nn.unbox(quick_jit(block.init)(jax.random.key(0), *rest))["params"]
     params["mixer_0"]["wo"] *= 0
     say = lambda **how: block.apply({"params": params}, *rest, **how)[0] - x  # noqa: E731
-    branch = np.asarray(jax.jit(say)())
-    noisy = jax.jit(jax.vmap(lambda key: say(rngs={"dropout": key})))
+    branch = np.asarray(quick_jit(say)())
+    noisy = quick_jit(jax.vmap(lambda key: say(rngs={"dropout": key})))
     found = np.asarray(noisy(jax.random.split(jax.random.key(3), 300)))
     kept = np.isclose(found, branch / 0.7, atol=1e-5) & ~np.isclose(found, 0, atol=1e-7)
     assert np.all(kept | (found == 0))
     assert abs(kept.mean() - 0.7) < 0.005
 
 
-def training_step(dropout):
-    """The compiled text of a training step."""
-    run = run_of(model=dataclasses.replace(SMALL, dropout=dropout))
-    program = trainer.build(run.check(1), jax.devices()[:1])
-    return program.step.lower(program.state, program.batch).compile().as_text()
+def training_gradient(dropout):
+    """The compiled text of the gradient of a training step."""
+    module, params = built(dataclasses.replace(SMALL, layers=1, dropout=dropout))
+    batch = run_of().source.make(2, seed=0, split="train").batch_at(0) | {"step": jnp.int32(0)}
+    apply = lambda p, *a, **k: module.apply({"params": p}, *a, **k)  # noqa: E731
+    grad = jax.grad(lambda p, key: NextToken()(apply, p, batch, key)[0])
+    return jax.jit(grad).lower(params, jax.random.key(0)).compile(FAST).as_text()
 
 
 def run_of(**changes):
@@ -167,10 +173,11 @@ def run_of(**changes):
 def test_no_dropout_costs_nothing():
     """The step of a model without it draws no random number."""
     words = re.compile(r"rng|threefry|shift-right-logical")
-    assert not words.search(training_step(0.0)) and words.search(training_step(0.3))
+    assert not words.search(training_gradient(0.0)) and words.search(training_gradient(0.3))
 
 
-def test_masks_change_by_step_and_not_with_the_mesh(tmp_path):
+@pytest.mark.slow
+def test_masks_do_not_depend_on_the_mesh(tmp_path):
     """Same losses on one device and on eight; evaluation draws the same samples."""
     outcomes = []
     for data in (1, 8):
@@ -179,16 +186,24 @@ def test_masks_change_by_step_and_not_with_the_mesh(tmp_path):
     assert set(outcomes[0]) == set(outcomes[1])
     for name in outcomes[0]:
         np.testing.assert_allclose(outcomes[0][name], outcomes[1][name], 2e-3, 1e-4, err_msg=name)
+
+
+def test_masks_change_by_step_in_training_only():
     module, params = built(SMALL)
     apply = lambda p, *a, **k: module.apply({"params": p}, *a, **k)  # noqa: E731
     batch = run_of().source.make(2, seed=0, split="train").batch_at(0)
     loss = lambda key, **more: NextToken()(apply, params, batch | more, key)[0]  # noqa: E731
     first, second = (jax.random.fold_in(jax.random.key(0), i) for i in (0, 1))
-    assert loss(first, step=0) != loss(second, step=1)
-    assert loss(first) == loss(second)  # held out
+    train = quick_jit(lambda key: loss(key, step=0))
+    assert train(first) != train(second) and train(first) == train(first)
+    held_out = quick_jit(loss)
+    assert held_out(first) == held_out(second)
 
 
-@pytest.mark.parametrize("posterior", [Dropout(3), Swag(3, steps=4, every=2, rank=2)], ids=str)
+SWAG = pytest.param(Swag(3, steps=4, every=2, rank=2), marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("posterior", [Dropout(3), SWAG], ids=["dropout", "swag"])
 def test_the_evaluator_reports_what_whole_arrays_give(posterior, tmp_path):
     run = run_of(evaluators=(Tokens(posterior, critical="ae", batches=2, tiles=8),)).check(1)
     program = trainer.build(run, jax.devices()[:1])
@@ -222,6 +237,7 @@ def test_the_evaluator_reports_what_whole_arrays_give(posterior, tmp_path):
     assert page.count("\n|") == 14 and "uncertain about" in page
 
 
+@pytest.mark.slow
 def test_an_ensemble_of_runs_and_the_command(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     for name, seed in (("a", 0), ("b", 1)):
