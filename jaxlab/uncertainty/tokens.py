@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxlab.uncertainty.checks import (
     Classes,
+    as_array,
     check_count,
     check_values,
     class_indices,
@@ -59,13 +60,13 @@ def token_uncertainty(
     s, b, t, d = hidden.shape
     if head.ndim not in (2, 3) or head.shape[:-1] not in ((d,), (s, d)) or head.shape[-1] < 2:
         raise ValueError(f"head={head.shape} must be [{d}, v] or [{s}, {d}, v], v at least 2")
-    targets = jnp.asarray(targets)
+    targets = as_array("targets", targets)
     if targets.shape != (b, t) or not jnp.issubdtype(targets.dtype, jnp.integer):
         raise ValueError(f"targets={targets.shape} {targets.dtype} must be integers ({b}, {t})")
     vocab = head.shape[-1]
     check_values(jnp.isfinite(hidden), "hidden must be finite")
     check_values(targets < vocab, f"targets must be below the vocabulary {vocab}", targets)
-    picked = class_indices("classes", classes, vocab) if len(classes) else ()
+    picked = () if classes == () else class_indices("classes", classes, vocab)
     n_tiles = check_count("n_tiles", n_tiles, 1, t)
     if t % n_tiles:
         raise ValueError(f"n_tiles={n_tiles} must divide the {t} tokens of a row")
