@@ -2,8 +2,9 @@
 
 Every line in is a JSON command, every line out its JSON answer: `build` (a file of weights and inputs,
 passes, rate; names what makes the passes), `moments` (means over the batch) and `time` (seconds of one
-call of a form, `loop` or `batched`). The passes are those of torch-uncertainty where it is installed, else
-its two forms written out; the moments of the stack are plain PyTorch. Needs torch and NumPy.
+call of a form, `loop` or `batched`, with some threads). The passes are those of torch-uncertainty where it
+is installed, else its two forms written out; the moments of the stack are plain PyTorch. Needs torch and
+NumPy.
 """
 
 import time
@@ -61,8 +62,9 @@ class Passes:
             cov = torch.einsum("sni,snj->nij", dev, dev) / self.passes
             return mean, *((dev**n).mean(0) for n in (2, 3, 4)), cov
 
-    def seconds(self, form):
+    def seconds(self, form, threads):
         """Of one call."""
+        torch.set_num_threads(threads)
         begin = time.perf_counter()
         self.moments(form)
         return time.perf_counter() - begin
@@ -90,4 +92,4 @@ def moments(form):
 
 
 if __name__ == "__main__":
-    serve({"build": build, "moments": moments, "time": lambda form: BUILT[0].seconds(form)})
+    serve({"build": build, "moments": moments, "time": lambda **how: BUILT[0].seconds(**how)})

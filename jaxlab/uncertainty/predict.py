@@ -16,7 +16,7 @@ def mc_predict(apply: Callable, params, x, keys: Key[Array, "s"]) -> Float[Array
     With dropout left on inside `apply`, MC dropout: the keys draw the masks. At least float32.
     ValueError for a single key and for none. Source: Gal and Ghahramani, 1506.02142.
     """
-    typed = jnp.issubdtype(getattr(keys, "dtype", None), jax.dtypes.prng_key)
+    typed = jnp.issubdtype(getattr(keys, "dtype", np.uint32), jax.dtypes.prng_key)
     if np.ndim(keys) != (1 if typed else 2) or not np.shape(keys)[0]:
         raise ValueError(
             f"keys={np.shape(keys)} must be an array of keys: jax.random.split(key, S)"

@@ -160,12 +160,11 @@ def check_names(where: Any, names: list[str], wanted: list[str]) -> None:
 
 def parse_example(record: bytes) -> dict[str, list]:
     """The features of a serialised tf.train.Example, by name; ValueError for other bytes."""
-    from google.protobuf.message import DecodeError
-
-    example = _example_type()()
+    kind, wrong = _example_type()
+    example = kind()
     try:
         example.ParseFromString(record)
-    except DecodeError as error:
+    except wrong as error:
         raise ValueError(f"not a tf.train.Example: {error}") from None
     return {
         entry.key: list(getattr(entry.value, entry.value.WhichOneof("kind") or "bytes_list").value)
@@ -174,9 +173,12 @@ def parse_example(record: bytes) -> dict[str, list]:
 
 
 @functools.lru_cache
-def _example_type() -> Any:
-    """The message tf.train.Example, declared here so that TensorFlow is not needed."""
-    from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
+def _example_type() -> tuple[Any, type[Exception]]:
+    """The message tf.train.Example, declared here so that TensorFlow is not needed, and its error."""
+    try:
+        from google.protobuf import descriptor_pb2, descriptor_pool, message, message_factory
+    except ImportError as error:
+        raise ImportError("reading tf.train.Example needs: pip install 'jaxlab[data]'") from error
 
     field = descriptor_pb2.FieldDescriptorProto
     package = "jaxlab.example"
@@ -184,7 +186,7 @@ def _example_type() -> Any:
         name="jaxlab_example.proto", package=package, syntax="proto3"
     )
 
-    def message(name: str, *fields: tuple, oneof: str = "") -> None:
+    def declare(name: str, *fields: tuple, oneof: str = "") -> None:
         new = file.message_type.add(name=name)
         for number, (key, kind, repeated) in enumerate(fields, 1):
             one = new.field.add(name=key, number=number)
@@ -200,22 +202,24 @@ def _example_type() -> Any:
 
     lists = {"Bytes": field.TYPE_BYTES, "Float": field.TYPE_FLOAT, "Int64": field.TYPE_INT64}
     for name, kind in lists.items():
-        message(f"{name}List", ("value", kind, True))
-    message("Feature", *((f"{n.lower()}_list", f"{n}List", False) for n in lists), oneof="kind")
+        declare(f"{name}List", ("value", kind, True))
+    declare("Feature", *((f"{n.lower()}_list", f"{n}List", False) for n in lists), oneof="kind")
     # A map is, on the wire, a repeated message of key and value.
-    message("Entry", ("key", field.TYPE_STRING, False), ("value", "Feature", False))
-    message("Features", ("feature", "Entry", True))
-    message("Example", ("features", "Features", False))
+    declare("Entry", ("key", field.TYPE_STRING, False), ("value", "Feature", False))
+    declare("Features", ("feature", "Entry", True))
+    declare("Example", ("features", "Features", False))
     pool = descriptor_pool.DescriptorPool()
     pool.Add(file)
     found = pool.FindMessageTypeByName(f"{package}.Example")
-    return message_factory.GetMessageClass(found)
+    return message_factory.GetMessageClass(found), message.DecodeError
 
 
 def decode_image(raw: Any, side: int, channels: int, where: str) -> np.ndarray:
     """float32 [side, side] of 0 to 1, or [side, side, 3]: the largest central square, resized."""
-    from PIL import Image, ImageOps, UnidentifiedImageError
-
+    try:
+        from PIL import Image, ImageOps, UnidentifiedImageError
+    except ImportError as error:
+        raise ImportError("reading images needs: pip install 'jaxlab[data]'") from error
     if not isinstance(raw, bytes):
         raise ValueError(f"{where}: there is no image")
     try:

@@ -64,7 +64,7 @@ class Labelled:
         part, index = parts(self)[split]
 
         def fetch(rows, places):
-            return np.stack([self.row(part, index[i]) for i in rows])
+            return np.stack([self.row(part, int(index[i])) for i in rows])
 
         return Rows(fetch, part.labels[index], self.spec(batch), seed, split)
 
