@@ -98,6 +98,7 @@ HEAVY = {
     "lact-gated-delta": ("next-token", "first-fit", "all"),
     "ttt-mlp-kda": ("tiled-z", "concat", "fsdp4-context2"),
     "dit-gated-delta": ("duo++", "concat", "all"),
+    "vittt-dropout": ("classify", "drawn", "data2-tensor4"),
 }
 
 
