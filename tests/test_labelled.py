@@ -82,6 +82,7 @@ def write_images(kind, folder, x, texts=True):
             (folder / NAMES[k]).mkdir(exist_ok=True)
             (folder / NAMES[k] / f"{i:03}.png").write_bytes(png(image))
         (folder / "note.txt").write_text("no class")
+        (folder / ".hidden").mkdir(exist_ok=True)
         return str(folder)
     labels = [NAMES[k] if texts else int(k) for k in LABELS]
     if kind == "parquet":
@@ -239,6 +240,11 @@ def empty_class(folder):
     return (str(folder),)
 
 
+def nested(folder):
+    (folder / "train" / "cat").mkdir(parents=True)
+    return (str(folder),)
+
+
 def broken(folder):
     (folder / "a").mkdir()
     (folder / "b").mkdir()
@@ -253,6 +259,7 @@ CASES = {
     "text": (text, Images, "x.txt ends in none of .parquet, .array_record$"),
     "flat": (flat, Images, "must hold a folder of images for each class"),
     "empty class": (empty_class, Images, "cat holds no image"),
+    "nested": (nested, Images, "train holds no image.*is source.files=.*train meant"),
     "broken": (broken, Images, "a/1.png: not an image that can be read"),
     "few": (parquet(image=[ONE] * 3, label=["a", "b", "c"]), Images, r"has 3 classes \(a, b, c\), not "
             "source.classes=2: use source.classes=3 model.classes=3"),

@@ -38,12 +38,15 @@ def find_images(pattern: str, column: str, label: str, field: str) -> Iterator[F
             yield _table(file, label, lambda names: image_column(names, column, label), True)
         return
     files, labels = [], []
-    for each in sorted((f for f in folder.iterdir() if f.is_dir()), key=lambda f: f.name):
+    classes = (f for f in folder.iterdir() if f.is_dir() and not f.name.startswith("."))
+    for each in sorted(classes, key=lambda f: f.name):
         inside = sorted(f for f in each.iterdir() if f.name.lower().endswith(PICTURES))
-        if not inside and not each.name.startswith("."):
+        if not inside:
+            deeper = any(f.is_dir() for f in each.iterdir())
+            hint = f"; it holds folders: is {field}={each} meant?" if deeper else ""
             raise ValueError(
                 f"{field}: {each} holds no image; {pattern!r} must have a folder of images "
-                f"({', '.join(PICTURES)}) for each class"
+                f"({', '.join(PICTURES)}) for each class{hint}"
             )
         files += inside
         labels += [each.name] * len(inside)
@@ -104,17 +107,21 @@ def _parquet(file: epath.Path, label: str, choose: Callable, images: bool) -> Fo
     parts = []
     for name in chosen:
         column = read.column(name)
-        parts.append(_numbers(column.to_pylist(), f"{file}: column {name!r} ({column.type})"))
+        plain = column.to_numpy()
+        values = plain[:, None] if plain.dtype.kind in "fiub" else column.to_pylist()
+        parts.append(_numbers(values, f"{file}: column {name!r} ({column.type})"))
     rows = np.concatenate(parts, 1) if parts else np.zeros((len(labels), 0), np.float32)
     return Found(where, labels, lambda i: rows[i])
 
 
-def _numbers(values: list[Any], what: str) -> np.ndarray:
+def _numbers(values: Any, what: str) -> np.ndarray:
     """[rows, values] float32 of a column of numbers, or of lists of as many numbers each."""
-    try:
-        found = np.asarray([[np.nan] if v is None else np.ravel(v) for v in values])
-    except ValueError:
-        raise ValueError(f"{what} must hold lists of one length") from None
+    found = values
+    if not isinstance(values, np.ndarray):
+        try:
+            found = np.asarray([[np.nan] if v is None else np.ravel(v) for v in values])
+        except ValueError:
+            raise ValueError(f"{what} must hold lists of one length") from None
     if len(found) and found.dtype.kind not in "fiub":
         raise ValueError(f"{what} must hold numbers: name those that do in source.columns")
     return found.reshape(len(values), -1).astype(np.float32)
