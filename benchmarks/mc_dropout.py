@@ -25,10 +25,11 @@ from benchmarks.peer import Peer  # noqa: E402
 from jaxlab import uncertainty as un  # noqa: E402
 
 PEER = ROOT / "benchmarks" / "peers" / "mc_dropout_torch.py"
-RATE = 0.3
+RATE, CHUNK = 0.3, 10
 FORMS = {
     "loop": "a jitted pass a key, called from Python; moments of the stack",
     "vmapped": "`mc_predict` and `moments`, one program",
+    "chunked": "`mc_predict` with chunk={chunk}, and `moments`, one program",
     "streamed": "a scan over keys with `moments_update`, one program",
     "peer loop": "a pass a call",
     "peer batched": "all passes in one batch",
@@ -47,6 +48,11 @@ def apply(params, x, key):
 def vmapped(params, x, keys):
     """Moments of all samples at once."""
     return un.moments(un.mc_predict(apply, params, x, keys))
+
+
+def chunked(params, x, keys):
+    """Moments of all samples, made a few at a time."""
+    return un.moments(un.mc_predict(apply, params, x, keys, chunk=CHUNK))
 
 
 def streamed(params, x, keys):
@@ -97,13 +103,14 @@ def measure(options, batch: int, peer: Peer | None) -> tuple[dict, str]:
     one = jax.jit(lambda key: jax.nn.softmax(apply(params, x, key), -1)).lower(passes[0]).compile()
     of_stack = jax.jit(un.moments).lower(jnp.zeros((options.passes, batch, options.classes)))
     of_stack = of_stack.compile()
-    whole = {f: jax.jit(f).lower(params, x, passes).compile() for f in (vmapped, streamed)}
+    whole = {f: jax.jit(f).lower(params, x, passes).compile() for f in (vmapped, chunked, streamed)}
     calls = {
         "loop": lambda: of_stack(jnp.stack([one(key) for key in passes])),
         "vmapped": lambda: whole[vmapped](params, x, passes),
+        "chunked": lambda: whole[chunked](params, x, passes),
         "streamed": lambda: whole[streamed](params, x, passes),
     }
-    programs = {"loop": of_stack, "vmapped": whole[vmapped], "streamed": whole[streamed]}
+    programs = {"loop": of_stack} | {f.__name__: program for f, program in whole.items()}
     found = {name: jax.block_until_ready(call()) for name, call in calls.items()}
     for m in found.values():
         for a, b in zip(m, found["loop"], strict=True):
@@ -148,7 +155,9 @@ def markdown(r: dict) -> str:
             ms = f"{1e3 * row['min_s']:.1f} ({1e3 * row['median_s']:.1f})"
             mib = f"{row['temporary_bytes'] / 2**20:.1f}" if "temporary_bytes" in row else "-"
             gain = f"{base / row['min_s']:.2f}x"
-            lines.append(f"| {batch} | {name}: {FORMS[name]} | {ms} | {gain} | {mib} |")
+            lines.append(
+                f"| {batch} | {name}: {FORMS[name].format(chunk=CHUNK)} | {ms} | {gain} | {mib} |"
+            )
     return "\n".join([*lines, ""])
 
 

@@ -169,6 +169,7 @@ ERRORS = {
     "dominance": (lambda: un.dominance([np.nan, 1]), ValueError, "c holds NaN"),
     "no key": (lambda: un.mc_predict(lambda p, x, k: x, 0, P[0], None), ValueError, "keys="),
     "one key": (lambda: un.mc_predict(lambda p, x, k: x, 0, P[0], KEY), ValueError, "keys="),
+    "chunk": (lambda: un.ensemble_predict(lambda p, x: x, np.ones(2), P[0], chunk=0), ValueError, "chunk=0"),
     "members": (
         lambda: un.ensemble_predict(lambda p, x: x, [np.ones(2), np.ones(3)], P[0]), ValueError,
         "stacked_params"),
