@@ -98,6 +98,11 @@ class EnsembleConfig:
         return getattr(self.base, "image", None)
 
     @property
+    def channels(self) -> int:
+        """Values of a pixel that a member takes."""
+        return getattr(self.base, "channels", 1)
+
+    @property
     def features(self) -> int | None:
         """Values of a row that a member takes, None for images of a side."""
         return getattr(self.base, "features", None)

@@ -61,6 +61,7 @@ class DecoderConfig:
         LinearScaling | Llama3Scaling | YarnScaling | None, "how positions are stretched"
     ] = None
     norm_eps: Annotated[float, "epsilon of RMSNorm"] = 1e-6
+    dropout: Annotated[float, "rate after the mixer and the MLP of every layer, in training"] = 0.0
     remat: Annotated[
         Literal["none", "full", "dots", "attention", "attn_y", "offload"], "what the backward keeps"
     ] = "none"
@@ -79,6 +80,8 @@ class DecoderConfig:
             raise ValueError(f"model.rope_theta={self.rope_theta} must be finite and above 1")
         if not 0 < self.norm_eps < float("inf"):
             raise ValueError(f"model.norm_eps={self.norm_eps} must be finite and above 0")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"model.dropout={self.dropout} must be in [0, 1)")
         if self.heads % self.kv_heads:
             legal = [n for n in range(1, self.heads + 1) if self.heads % n == 0]
             raise ValueError(
@@ -150,7 +153,7 @@ class DecoderConfig:
 
 
 class Block(nn.Module):
-    """Pre-norm residual layers, one per entry of `config.pattern`."""
+    """Pre-norm residual layers, one per entry of `config.pattern`; an rng "dropout" turns dropout on."""
 
     config: DecoderConfig
 
@@ -158,15 +161,16 @@ class Block(nn.Module):
     def __call__(self, x, states, positions, segment_ids, inv_freq):
         c = self.config
         norm = lambda name: RMSNorm(c.norm_eps, c.param_dtype, name=name)  # noqa: E731
+        drop = nn.Dropout(c.dropout, deterministic=not self.has_rng("dropout"))
         states = list(states)
         for i, mixer in enumerate(c.pattern):
             x = checkpoint_name(constrain(x, "batch", "length", "act_embed"), "blk_in")
             mix = MIXERS[mixer](c, name=f"mixer_{i}")
             y = norm(f"mixer_norm_{i}")(x)
             y, states[i] = mix.mix(y, positions, segment_ids, inv_freq, states[i])
-            x = x + y
+            x = x + drop(y)
             tiles = c.mlp_tiles if states[i] is None else 1
-            x = x + MLP(c, name=f"mlp_{i}")(norm(f"mlp_norm_{i}")(x), tiles)
+            x = x + drop(MLP(c, name=f"mlp_{i}")(norm(f"mlp_norm_{i}")(x), tiles))
         return x, tuple(states)
 
 
@@ -196,7 +200,7 @@ class Decoder(nn.Module):
             self.blocks = nn.scan(
                 block,
                 variable_axes={"params": 0, "lora": 0},
-                split_rngs={"params": True},
+                split_rngs={"params": True, "dropout": True},
                 in_axes=(0, *(nn.broadcast,) * 3),  # pyright: ignore[reportArgumentType]
                 length=self.depth,
                 metadata_params={nn.PARTITION_NAME: "layers"},

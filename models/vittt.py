@@ -17,10 +17,11 @@ from sharding.rules import constrain
 
 @dataclasses.dataclass(frozen=True)
 class ViTTTConfig:
-    """Shape of a classifier of square grey images."""
+    """Shape of a classifier of square images."""
 
     classes: Annotated[int, "classes to tell apart"] = 10
     image: Annotated[int, "pixels a side"] = 28
+    channels: Annotated[int, "values of a pixel: 1 grey, 3 colours"] = 1
     patch: Annotated[int, "pixels a side of a token; divides image"] = 4
     layers: Annotated[int, "number of blocks"] = 3
     d_model: Annotated[int, "width of a token"] = 64
@@ -34,7 +35,8 @@ class ViTTTConfig:
 
     def check(self, mesh_sizes: dict[str, int]) -> None:
         """ValueError for what cannot be built, naming the field and what is allowed."""
-        for name in ("classes", "image", "patch", "layers", "d_model", "heads", "mlp"):
+        sizes = "classes image channels patch layers d_model heads mlp"
+        for name in sizes.split():
             if getattr(self, name) < 1:
                 raise ValueError(f"model.{name}={getattr(self, name)} must be at least 1")
         if self.image % self.patch:
@@ -87,15 +89,19 @@ class ViTTT(nn.Module):
 
     @nn.compact
     def __call__(
-        self, images: Float[Array, "b y x"], deterministic: bool = True, features: bool = False
+        self, images: Float[Array, "b y x *c"], deterministic: bool = True, features: bool = False
     ) -> Float[Array, "b v"]:
-        """Logits of grey images, or with `features` the mean over tokens [b, d] they are made of."""
+        """Logits of images (grey ones without their last axis), or with `features` the mean over tokens
+        [b, d] that they are made of."""
         c, kind = self.config, self.config.param_dtype
-        if images.shape[1:] != (c.image, c.image):
-            raise ValueError(f"images {images.shape} must be [b, {c.image}, {c.image}]")
-        x = rearrange(images, "b (y p) (x q) -> b (y x) (p q)", p=c.patch, q=c.patch)
-        size = (c.patch**2, c.d_model)
-        x = linear(self, "patches", size, (None, "embed"), 1 / c.patch, kind)(x.astype(c.dtype))
+        shape = (c.image, c.image, *((c.channels,) if c.channels > 1 else ()))
+        if images.shape[1:] != shape:
+            raise ValueError(f"images {images.shape} must be [b, {', '.join(map(str, shape))}]")
+        images = images.reshape(-1, c.image, c.image, c.channels)
+        x = rearrange(images, "b (y p) (x q) c -> b (y x) (p q c)", p=c.patch, q=c.patch)
+        values = c.patch**2 * c.channels
+        patches = linear(self, "patches", (values, c.d_model), (None, "embed"), values**-0.5, kind)
+        x = patches(x.astype(c.dtype))
         blocks = nn.scan(
             ViTTTBlock,
             variable_axes={"params": 0},

@@ -14,20 +14,24 @@ import numpy as np
 import pytest
 
 from jaxlab.ttt import InnerConfig
+from models.classifier import EnsembleConfig, MLPConfig
 from models.decoder import DecoderConfig
 from models.dit import DiTConfig
 from models.lora import FROZEN_BASE, Lora
 from models.mixers import TTT, LaCT, LinearAttention
+from models.vittt import ViTTTConfig
 from sharding.context import ContextConfig
 from sharding.mesh import MeshShape
 from train import trainer
 from train.checkpoint import Checkpoints
+from train.data.digits import Digits
+from train.data.tabular import Shipped
 from train.data.text import Text
 from train.denoise import Denoised, Psi
 from train.diffusion import Curriculum, Diffusion, duo_pp, mdlm
 from train.evaluate import HeldOut, Sample
 from train.metrics import read, series
-from train.objectives import NextToken
+from train.objectives import Classify, NextToken
 from train.optimizer import Optimizer
 from train.run import Run, load_run
 
@@ -35,7 +39,7 @@ SMALL = DecoderConfig(layers=2, d_model=16, heads=4, kv_heads=4, head_dim=4, mlp
 MODELS = {
     "decoder": SMALL,
     "qk-norm-tied-remat": dataclasses.replace(
-        SMALL, attention="blockwise", qk_norm=True, tied=True, remat="full"
+        SMALL, attention="blockwise", qk_norm=True, tied=True, remat="full", dropout=0.1
     ),
     "two-mixers": dataclasses.replace(SMALL, pattern=("attention", "attention"), remat="attention"),
 }
@@ -76,13 +80,25 @@ DENOISERS = {
 }
 NOISES = {"mdlm": mdlm(), "duo++": duo_pp(end=2)}
 WHOLE += itertools.product(DENOISERS, NOISES, SOURCES, SHARDINGS)
-MODELS |= DENOISERS
-OBJECTIVES |= NOISES
+# Images are not split over a context axis.
+ROWS = {name: SHARDINGS[name] for name in ("data8", "fsdp8", "data2-tensor4")}
+PERCEPTRON = MLPConfig(features=64, layers=1, d_model=16, dropout=0.2)
+CLASSIFIERS = {
+    "mlp-dropout": PERCEPTRON,
+    "ensemble": EnsembleConfig(PERCEPTRON, 2),
+    "vittt-dropout": ViTTTConfig(image=8, layers=1, d_model=16, mlp=16, dropout=0.2),
+}
+PICTURES = {"shipped": Shipped(), "drawn": Digits(image=8, held_out=16)}
+WHOLE += itertools.product(CLASSIFIERS, ("classify",), PICTURES, ROWS)
+MODELS |= DENOISERS | CLASSIFIERS
+OBJECTIVES |= NOISES | {"classify": Classify()}
+SOURCES |= PICTURES
 # Models that take a minute to compile: slow, one cell each and some of the rest.
 HEAVY = {
     "lact-gated-delta": ("next-token", "first-fit", "all"),
     "ttt-mlp-kda": ("tiled-z", "concat", "fsdp4-context2"),
     "dit-gated-delta": ("duo++", "concat", "all"),
+    "vittt-dropout": ("classify", "drawn", "data2-tensor4"),
 }
 
 
@@ -102,10 +118,11 @@ def build(cell: tuple) -> Run:
     optimizer = OPTIMIZERS[WHOLE.index(cell) % 3]
     if isinstance(model, Lora):
         optimizer = dataclasses.replace(optimizer, freeze=FROZEN_BASE)
-    writes = Denoised(Psi(steps=2), rows=2) if cell[0] in DENOISERS else Sample(tokens=3)
+    writes = (Denoised(Psi(steps=2), rows=2) if cell[0] in DENOISERS else Sample(tokens=3),)
+    writes = () if cell[0] in CLASSIFIERS else writes
     return Run(
         model=model, objective=objective, source=source, mesh=sharding,
-        evaluators=(HeldOut(batches=1), writes), optimizer=optimizer,
+        evaluators=(HeldOut(batches=1), *writes), optimizer=optimizer,
         steps=3, batch=8, log_every=1, save_every=2,
     )  # fmt: skip
 
@@ -168,6 +185,10 @@ ILLEGAL = [
      {"model": dataclasses.replace(SMALL, heads=2, kv_heads=2)}, "mesh.tensor=4"),
     ("decoder", "next-token", "first-fit", "fsdp8", {"model": dataclasses.replace(SMALL, vocab=9)},
      "model.vocab=9"),
+    ("mlp-dropout", "classify", "shipped", "data8", {"objective": NextToken()}, "needs a language model"),
+    ("vittt-dropout", "classify", "drawn", "data8", {"mesh": MeshShape(data=4, context=2)},
+     "mesh.context=2 must be 1"),
+    ("ensemble", "classify", "shipped", "data8", {"source": Digits()}, "must equal source.features=784"),
     ("decoder", "next-token", "concat", "fsdp8",
      {"model": dataclasses.replace(SMALL, d_model=12)}, "not divisible by fsdp=8"),
 ]  # fmt: skip

@@ -72,6 +72,7 @@ def test_values_are_parsed_by_the_type_of_their_field(text, path, expected):
         ("on=yes", "true or false"),
         ("inner=3", "inner.rate, inner.kind"),
         ("parts.7.rate=1", "not an index below 2"),
+        ("parts.0=1", "parts.0 is a group of fields, set one of: parts.0.rate, parts.0.kind"),
         ("size", "must look like field=value"),
         ("size.x=1", "has no field 'x'"),
         ("limit=x", "integer or"),
@@ -80,6 +81,24 @@ def test_values_are_parsed_by_the_type_of_their_field(text, path, expected):
 def test_mistakes_name_the_field_and_what_is_allowed(text, message):
     with pytest.raises(ValueError, match=message):
         override(Outer(), [text])
+
+
+def test_sources_and_evaluators_are_set_by_name():
+    run = presets()["demo"].make()
+    count = len(run.evaluators)
+    more = override(run, ["source=Table", "source.files=a,b", f"evaluators.{count}=Tokens",
+                          f"evaluators.{count}.critical=xyz", "evaluators.0=Uncertainty"])  # fmt: skip
+    assert more.source.files == ("a", "b") and type(more.source).__name__ == "Table"
+    assert more.evaluators[count].critical == "xyz" and len(more.evaluators) == count + 1
+    assert type(more.evaluators[0]).__name__ == "Uncertainty"
+    for text, message in (
+        ("source=Picture", "source='Picture' is not Text or Images or Table"),
+        ("evaluators.0=Toks", "evaluators.0='Toks' is not HeldOut or"),
+        (f"evaluators.{count + 1}=Tokens", f"N at most {count}"),
+        ("evaluators=Tokens", "evaluators is no entry: set evaluators.N=CLASS"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            override(run, [text])
 
 
 def test_a_field_set_twice_is_refused():

@@ -158,6 +158,8 @@ def test_mc_predict_and_ensembles_are_loops():
     for p, key in zip(found, keys, strict=True):
         close(p, softmax(np.asarray(dropout_net(params, x, key)), -1), 1e-6)
     close(un.mc_predict(dropout_net, params, x, jax.random.key_data(keys)), np.asarray(found), 1e-6)
+    by_four = jax.jit(lambda keys: un.mc_predict(dropout_net, params, x, keys, chunk=4))(keys)
+    close(by_four, np.asarray(found), 1e-6)
 
     def net(params, x):
         return (jax.nn.relu(x @ params[0]) @ params[1]).astype(jnp.bfloat16)

@@ -9,6 +9,7 @@ from jaxlab import uncertainty as un
 SAFE, CRITICAL = (0, 1), (2, 3)
 LABELS, PREDICTED = jnp.array([0, 1, 2, 3, 2, 3, 0, 1]), jnp.array([0, 1, 2, 0, 1, 3, 2, 1])
 WRONG = jnp.array([0, 1, 0, 1, 0, 0, 1, 0])
+TARGETS = jnp.array([[0, 4, 2, -1], [1, 1, -1, 3]])
 STATIC = dict(from_logits=True)
 POSITIVE, SIGMOID = jax.nn.softplus, jax.nn.sigmoid
 
@@ -168,6 +169,11 @@ ROWS = {
     "laplace_last_layer_log_marginal": Case(
         lambda *x: un.laplace_last_layer_log_marginal(posterior(*x), x[0], LABELS[:6]),
         LAYER,
+        "wide",
+    ),
+    "token_uncertainty": Case(
+        lambda h, w: un.token_uncertainty(h, w, TARGETS, (1, 4), n_tiles=2),
+        shapes((3, 2, 4, 3), (3, 5)),
         "wide",
     ),
     "lowrank_vi_sample": Case(

@@ -1,6 +1,7 @@
 """Evaluator of a classifier's uncertainty: calibration, deferral, detection, and which class it is about."""
 
 import dataclasses
+import functools
 import sys
 from typing import Annotated, Any
 
@@ -11,7 +12,7 @@ from jaxlab import uncertainty as un
 from train.evaluate import Scene
 from train.feed import global_batch
 from train.objectives import inputs_of
-from train.posterior import Dropout, Laplace, Members, Swag
+from train.posterior import Dropout, Laplace, Members, Runs, Swag
 
 RANKED = ("entropy", "mi", "c_sum", "maxprob")  # what errors and strangers are told by
 
@@ -26,9 +27,9 @@ class Uncertainty:
     auroc, aupr and fpr95 by score.
     """
 
-    posterior: Annotated[Dropout | Members | Laplace | Swag, "where the samples come from"] = (
-        Dropout()
-    )
+    posterior: Annotated[
+        Dropout | Members | Laplace | Swag | Runs, "where the samples come from"
+    ] = Dropout()
     critical: Annotated[tuple[int, ...], "classes that must not be missed; (): none"] = ()
     coverage: Annotated[float, "share that is kept where rates are reported"] = 0.8
 
@@ -64,7 +65,7 @@ class Uncertainty:
                 batch = global_batch(fetch, rows.spec, scene.mesh)
                 key = jax.random.fold_in(jax.random.key(run.seed), i)
                 p = predict(fitted, inputs_of(batch), key)
-                parts.append(jax.device_get((p, batch["labels"], inputs_of(batch))))
+                parts.append(jax.device_get((p, batch["labels"], inputs_of(batch)[0])))
             p, y, x = zip(*parts, strict=True)
             return (
                 np.concatenate(p, 1)[:, :size],
@@ -76,7 +77,7 @@ class Uncertainty:
             fitted = samples.prepare(params)
             p, y, x = predictions(fitted, "valid")
             values = figures(p, y, self.critical, self.coverage)
-            if hasattr(scene.run.source, "leave_out"):
+            if "ood" in getattr(scene.run.source, "splits", ()):
                 strange = predictions(fitted, "ood")[0]
                 values |= detection(p, strange)
             if scene.folder is not None:
@@ -97,25 +98,45 @@ def figures(p, y, critical: tuple[int, ...], coverage: float) -> dict[str, Any]:
     yhat = mean.argmax(-1)
     wrong = (yhat != y).astype(np.int32)
     nll = -np.mean(np.log(np.maximum(mean[np.arange(len(y)), y], 1e-30)))
-    values = {"accuracy": 1 - wrong.mean(), "nll": nll, "ece": un.ece(mean, y)}
-    values["brier"] = un.brier(mean, y)
-    scores = ranked(p)
-    for name, score in scores.items():
-        for area in (un.aurc, un.eaurc, un.augrc):
-            values[f"{area.__name__}/{name}"] = area(score, wrong)
+    values = {"accuracy": 1 - wrong.mean(), "nll": nll, "ece": jax.jit(un.ece)(mean, y)}
+    values["brier"] = jax.jit(un.brier)(mean, y)
+    for name, score in ranked(p).items():
+        for area, value in areas(score, wrong).items():
+            values[f"{area}/{name}"] = value
     if critical:
         safe = tuple(k for k in range(classes) if k not in critical)
-        for name, score in un.critical_scores(p, safe, critical).items():
-            curve = un.selective_curve(y, yhat, score, critical, (coverage,), num_classes=classes)
-            values[f"critical_ausc/{name}"] = un.ausc(y, yhat, score, critical)
-            values[f"critical_fnr/{name}"] = curve.critical_fnr[0]
-            values[f"critical_deferred/{name}"] = curve.deferred_critical[0]
+        scores = jax.jit(un.critical_scores, static_argnums=(1, 2))(p, safe, critical)
+        for name, score in scores.items():
+            for rate, value in rates(y, yhat, score, critical, coverage, classes).items():
+                values[f"critical_{rate}/{name}"] = value
+    c, reliable = by_class(p)
+    values["reliable"] = reliable
+    return values | {f"class/{k}/c": x for k, x in enumerate(c)}
+
+
+@jax.jit
+def areas(score, wrong) -> dict[str, Any]:
+    """The areas under the risk-coverage curve, by name."""
+    return {fn.__name__: fn(score, wrong) for fn in (un.aurc, un.eaurc, un.augrc)}
+
+
+@functools.partial(jax.jit, static_argnums=(3, 4, 5))
+def rates(y, yhat, score, critical, coverage: float, classes: int) -> dict[str, Any]:
+    """What deferring by a score does for the critical classes, by name."""
+    curve = un.selective_curve(y, yhat, score, critical, (coverage,), num_classes=classes)
+    return {
+        "ausc": un.ausc(y, yhat, score, critical),
+        "fnr": curve.critical_fnr[0],
+        "deferred": curve.deferred_critical[0],
+    }
+
+
+@jax.jit
+def by_class(p):
+    """(mean C [K], share of samples and classes whose C may be read as D)."""
     m = un.moments(p)
     rho = un.skewness_ratio(m.mean, m.var, m.m3)
-    values["reliable"] = un.reliable_mask(rho).mean()
-    for k, c in enumerate(un.contributions_from_moments(m).mean(0)):
-        values[f"class/{k}/c"] = c
-    return values
+    return un.contributions_from_moments(m).mean(0), un.reliable_mask(rho).mean()
 
 
 def detection(inside, outside) -> dict[str, Any]:
@@ -124,14 +145,24 @@ def detection(inside, outside) -> dict[str, Any]:
     positive: Any = np.repeat([0, 1], [inside.shape[1], outside.shape[1]])
     values = {}
     for name in a:
-        both: Any = np.concatenate([a[name], b[name]])
-        for figure, fn in (("auroc", un.auroc), ("aupr", un.aupr), ("fpr95", un.fpr_at_tpr)):
-            values[f"ood_{figure}/{name}"] = fn(both, positive)
+        for figure, value in detected(np.concatenate([a[name], b[name]]), positive).items():
+            values[f"ood_{figure}/{name}"] = value
     return values
+
+
+@jax.jit
+def detected(score, positive) -> dict[str, Any]:
+    """AUROC, AUPR and the false-positive rate, by name."""
+    named = (("auroc", un.auroc), ("aupr", un.aupr), ("fpr95", un.fpr_at_tpr))
+    return {name: fn(score, positive) for name, fn in named}
 
 
 def ranked(p) -> dict[str, Any]:
     """The scores of `RANKED`, each [n]."""
+    return {name: np.asarray(x) for name, x in zip(RANKED, _ranked(p), strict=True)}
+
+
+@jax.jit
+def _ranked(p):
     entropy, mi = un.predictive_entropy(p), un.mutual_information(p)
-    found = (entropy, mi, un.contributions(p).sum(-1), 1 - p.mean(0).max(-1))
-    return dict(zip(RANKED, map(np.asarray, found), strict=True))
+    return entropy, mi, un.contributions(p).sum(-1), 1 - p.mean(0).max(-1)

@@ -36,15 +36,14 @@ class Objective(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class NextToken:
-    """Cross-entropy of the next token, in nats per token that has a target."""
+    """Cross-entropy of the next token, in nats per token that has a target. Dropout is on in training."""
 
     tiles: Annotated[int, "sequence tiles of the loss; more tiles, less memory for logits"] = 1
     z_loss: Annotated[float, "weight of logsumexp^2, keeps logits from drifting"] = 0.0
 
     def __call__(self, apply, params, batch, key):
-        hidden = apply(
-            params, batch["tokens"], batch["positions"], batch["segment_ids"], method="hidden"
-        )
+        noise = {"rngs": {"dropout": key}} if "step" in batch else {}
+        hidden = apply(params, *inputs_of(batch), method="hidden", **noise)
         head = apply(params, method="unembedding")
         loss, count, nll = tiled_cross_entropy(
             hidden, head, batch["targets"], n_tiles=self.tiles, z_loss=self.z_loss, parts=True
@@ -83,7 +82,7 @@ class Classify:
     def __call__(self, apply, params, batch, key):
         labels = batch["labels"]
         training = {"deterministic": False, "rngs": {"dropout": key}} if "step" in batch else {}
-        logits = apply(params, inputs_of(batch), **training)
+        logits = apply(params, *inputs_of(batch), **training)
         logs = jax.nn.log_softmax(logits.astype(jnp.float32)).reshape(-1, *logits.shape[-2:])
         loss = -jnp.sum(jnp.take_along_axis(logs, labels[None, :, None], 2)) / len(logs)
         mean = jnp.mean(jnp.exp(logs), 0)
@@ -95,16 +94,20 @@ class Classify:
         for which, config in (("model", model), ("source", source)):
             if getattr(config, "classes", None) is None:
                 raise ValueError(f"objective classify needs labels: {which} has no classes")
-        # A model says the side of its images or the values of a row.
-        shape = "image" if getattr(model, "image", None) is not None else "features"
-        for name in ("classes", shape):
-            ours, theirs = getattr(model, name), getattr(source, name, None)
+        # A model says the side and channels of its images or the values of a row.
+        images = getattr(model, "image", None) is not None
+        for name in ("classes", "image", "channels") if images else ("classes", "features"):
+            ours, theirs = (
+                getattr(x, name, 1 if name == "channels" else None) for x in (model, source)
+            )
             if theirs is None:
                 raise ValueError(f"objective classify: model has {name}, but source has no {name}")
             if ours != theirs:
                 raise ValueError(f"model.{name}={ours} must equal source.{name}={theirs}")
 
 
-def inputs_of(batch: Mapping[str, Any]) -> jax.Array:
-    """What a classifier looks at: images or features."""
-    return batch["images" if "images" in batch else "features"]
+def inputs_of(batch: Mapping[str, Any]) -> tuple[jax.Array, ...]:
+    """What a model is applied to: images, features, or tokens with positions and segments."""
+    if "tokens" in batch:
+        return batch["tokens"], batch["positions"], batch["segment_ids"]
+    return (batch["images" if "images" in batch else "features"],)

@@ -1,16 +1,33 @@
 """Command-line overrides: `key.path=value` on nested frozen dataclasses, types checked.
 
 A field that holds one of several dataclasses, or none, takes a class name (its defaults) or `none`:
-`model.rope_scaling=YarnScaling model.rope_scaling.factor=8`.
+`model.rope_scaling=YarnScaling model.rope_scaling.factor=8`. So does an entry of a tuple of them, or the
+next one after its last: `evaluators.3=Tokens`.
 """
 
 import ast
 import dataclasses
 import difflib
+import functools
+import importlib
 import math
+import operator
 import types
 import typing
 from typing import Any, Literal
+
+
+class Kinds(tuple[str, ...]):
+    """In the annotation of a field of type Any, or of a tuple: "module:Class" of what is set by name.
+
+    Imported only when the field is set.
+    """
+
+    def union(self) -> Any:
+        """The union type of the classes."""
+        named = (text.partition(":") for text in self)
+        found = [getattr(importlib.import_module(module), name) for module, _, name in named]
+        return functools.reduce(operator.or_, found)
 
 
 def override(config: Any, assignments: list[str]) -> Any:
@@ -35,6 +52,10 @@ def _set(node: Any, keys: list[str], text: str, path: str, root: Any) -> Any:
         if not key.isdigit() or int(key) >= len(node):
             raise ValueError(f"{path}: {key!r} is not an index below {len(node)}")
         items = list(node)
+        if not rest:
+            raise ValueError(
+                f"{path} is a group of fields, set one of: {_inside(items[int(key)], path)}"
+            )
         items[int(key)] = _set(items[int(key)], rest, text, path, root)
         return tuple(items)
     if node is None:
@@ -47,13 +68,31 @@ def _set(node: Any, keys: list[str], text: str, path: str, root: Any) -> Any:
     if key not in fields:
         raise ValueError(f"unknown field {path!r}: {_advice(path, keys, node, root)}")
     old = getattr(node, key)
+    kinds = _kinds(node, key)
+    if kinds and isinstance(old, tuple) and len(rest) < 2:
+        entry = _entry(old, rest, text, path, kinds)
+        return dataclasses.replace(node, **{key: entry})
     if rest:
         return dataclasses.replace(node, **{key: _set(old, rest, text, path, root)})
     hint = _hint(node, key)
     if dataclasses.is_dataclass(old) and not _choices(hint):
-        inner = ", ".join(f"{path}.{f.name}" for f in dataclasses.fields(old))
-        raise ValueError(f"{path} is a group of fields, set one of: {inner}")
+        raise ValueError(f"{path} is a group of fields, set one of: {_inside(old, path)}")
     return dataclasses.replace(node, **{key: parse(text, hint, path)})
+
+
+def _inside(node: Any, path: str) -> str:
+    """The paths of the fields of a dataclass."""
+    return ", ".join(f"{path}.{f.name}" for f in dataclasses.fields(node))
+
+
+def _entry(items: tuple, rest: list[str], text: str, path: str, kinds: Kinds) -> tuple:
+    """`items` with another dataclass at an index, or one more."""
+    if not rest or not rest[0].isdigit() or int(rest[0]) > len(items):
+        raise ValueError(
+            f"{path} is no entry: set {path.partition('.')[0]}.N=CLASS with N at most {len(items)}"
+        )
+    at = int(rest[0])
+    return (*items[:at], parse(text, kinds.union(), path), *items[at + 1 :])
 
 
 def _advice(path: str, keys: list[str], node: Any, root: Any) -> str:
@@ -81,7 +120,13 @@ def _choices(hint: Any) -> list[Any]:
 
 
 def _hint(node: Any, key: str) -> Any:
-    return typing.get_type_hints(type(node), include_extras=True)[key]
+    kinds = _kinds(node, key)
+    return kinds.union() if kinds else typing.get_type_hints(type(node), include_extras=True)[key]
+
+
+def _kinds(node: Any, key: str) -> Kinds | None:
+    hint = typing.get_type_hints(type(node), include_extras=True)[key]
+    return next((x for x in getattr(hint, "__metadata__", ()) if isinstance(x, Kinds)), None)
 
 
 def parse(text: str, hint: Any, path: str) -> Any:

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from jaxlab import uncertainty as un
@@ -31,7 +32,7 @@ def table(values: dict[str, Any], p, y, step: int, evaluator: Any) -> str:
             ]
             cells = lambda s: (f"{values[f'{c}/{s}']:.4f}" for c in columns)  # noqa: B023, E731
             lines += [f"| {s} | " + " | ".join(cells(s)) + " |" for s in rows] + [""]
-    profiles = np.asarray(un.epistemic_profiles(un.contributions(p), y, p.shape[-1]))
+    profiles = np.asarray(un.epistemic_profiles(jax.jit(un.contributions)(p), y, p.shape[-1]))
     classes = range(p.shape[-1])
     lines += [
         "| true class | rows | " + " | ".join(f"C_{k}" for k in classes) + " |",
@@ -64,7 +65,7 @@ def draw(folder: Path, page: str, p, y, x, critical: tuple[int, ...]) -> None:
 
     figure = blank((5, 4.5))
     axes = figure.add_subplot()
-    curve = un.reliability_curve(mean, y)
+    curve = jax.jit(un.reliability_curve)(mean, y)
     full = np.asarray(curve.count) > 0
     axes.plot([0, 1], [0, 1], "--", color="#718096")
     axes.plot(np.asarray(curve.confidence)[full], np.asarray(curve.accuracy)[full], "o-")
@@ -76,15 +77,20 @@ def draw(folder: Path, page: str, p, y, x, critical: tuple[int, ...]) -> None:
     coverages = tuple(np.linspace(0.05, 1, 96).tolist())
     # Without critical classes, the curves are of all errors; the argument has to name some class.
     what, chosen = ("critical_fnr", critical) if critical else ("error_rate", (0,))
-    for name, score in ranked(p).items():
+
+    @jax.jit
+    def rate(score):
         found = un.selective_curve(y, yhat, score, chosen, coverages, num_classes=p.shape[-1])
-        axes.plot(coverages, getattr(found, what), label=name)
+        return getattr(found, what)
+
+    for name, score in ranked(p).items():
+        axes.plot(coverages, rate(score), label=name)
     axes.set(xlabel="coverage", ylabel=what.replace("_", " "))
     axes.grid(alpha=0.3)
     axes.legend()
     save(figure, "risk_coverage")
 
-    c: Any = np.asarray(un.contributions(p))
+    c: Any = np.asarray(jax.jit(un.contributions)(p))
     figure = blank((6, 5))
     axes = figure.add_subplot()
     profiles = np.asarray(un.epistemic_profiles(c, y, p.shape[-1]))
@@ -99,7 +105,7 @@ def draw(folder: Path, page: str, p, y, x, critical: tuple[int, ...]) -> None:
     worst = np.argsort(-c.sum(-1), kind="stable")[:6]
     grid = figure.subplots(2, 6, squeeze=False)
     for i, row in enumerate(worst):
-        if x.ndim == 3:
+        if x.ndim > 2:
             grid[0, i].imshow(x[row], cmap="gray")
         else:
             grid[0, i].bar(range(x.shape[1]), x[row])

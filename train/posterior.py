@@ -1,7 +1,8 @@
-"""Where the samples of a classifier's probabilities come from: one protocol, four sources.
+"""Where the samples of a network's probabilities come from: one protocol, five sources.
 
-`make(scene)` returns `Samples`: `prepare(params)` fits what has to be fitted, `predict` is a pure
-function of what it gives, the inputs and a key, which may be jitted and sharded.
+`make(scene)` returns `Samples`: `prepare(params)` fits what has to be fitted; `predict`, a pure function of
+what it gives, the inputs and a key, makes probabilities and may be jitted and sharded. Where samples are
+whole networks, `draws` gives them: of a language model the probabilities would not fit.
 """
 
 import dataclasses
@@ -13,15 +14,32 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxlab import uncertainty as un
+from train.folders import starting_parameters, starting_run
 from train.objectives import inputs_of
 
 
 @dataclasses.dataclass(frozen=True)
 class Samples:
-    """`fitted = prepare(params)`, then `predict(fitted, x, key)` -> probabilities [S, n, K]."""
+    """`fitted = prepare(params)`, then `predict(fitted, inputs, key)` -> probabilities [S, n, K].
+
+    `draws(fitted, key)` -> (a pytree with S in front, `net(one, *inputs, **options)`: what a draw says);
+    all draws have the same parameters if `same_params`.
+    """
 
     prepare: Callable[[Any], Any]
-    predict: Callable[[Any, jax.Array, jax.Array], jax.Array]
+    predict: Callable[[Any, tuple, jax.Array], jax.Array]
+    draws: Callable[[Any, jax.Array], tuple[Any, Callable]] | None = None
+    same_params: bool = False
+
+
+def of_networks(prepare: Callable, draws: Callable, same_params: bool = False) -> Samples:
+    """`Samples` of whole networks."""
+
+    def predict(fitted, inputs, key):
+        stacked, net = draws(fitted, key)
+        return un.ensemble_predict(lambda one, inputs: net(one, *inputs), stacked, inputs)
+
+    return Samples(prepare, predict, draws, same_params)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,22 +51,56 @@ class Dropout:
     def check(self, run) -> None:
         """ValueError unless the model drops anything out."""
         at_least("samples", self.samples)
-        if not getattr(run.model, "dropout", 0):
+        if not dropout_of(run.model):
             raise ValueError(
                 "posterior Dropout needs model.dropout above 0, which is what the model trained with; "
-                "or evaluators.0.posterior=Laplace (Swag)"
+                "or evaluators.0.posterior=Swag (of a classifier also Laplace)"
             )
 
     def make(self, scene) -> Samples:
         """Nothing is fitted."""
+        # A language model drops out where it is given the rng.
+        how = {} if hasattr(scene.run.model, "vocab") else {"deterministic": False}
 
-        def one(params, x, key):
-            return scene.apply(params, x, deterministic=False, rngs={"dropout": key})
+        def draws(params, key):
+            def net(key, *inputs, **options):
+                return scene.apply(params, *inputs, rngs={"dropout": key}, **how, **options)
 
-        def predict(params, x, key):
-            return un.mc_predict(one, params, x, jax.random.split(key, self.samples))
+            return jax.random.split(key, self.samples), net
 
-        return Samples(lambda params: params, predict)
+        return of_networks(lambda params: params, draws, same_params=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class Runs:
+    """An ensemble of this run and others of the same model, such as those of other seeds."""
+
+    runs: Annotated[tuple[str, ...], "run directories, or checkpoints of them"] = ()
+
+    def check(self, run) -> None:
+        """ValueError unless there are other runs, of the same model."""
+        if not self.runs:
+            raise ValueError("posterior Runs: runs=[] must name at least one run beside this one")
+        single(run, "Runs")
+        for folder in self.runs:
+            try:
+                starting_run(dataclasses.replace(run, start=folder))
+            except ValueError as error:
+                raise ValueError(
+                    f"posterior Runs: {str(error).replace('start=', 'runs=', 1)}"
+                ) from None
+
+    def make(self, scene) -> Samples:
+        """Reads the parameters of the others."""
+
+        def prepare(params):
+            others = [
+                starting_parameters(dataclasses.replace(scene.run, start=folder))
+                for folder in self.runs
+            ]
+            return jax.tree.map(lambda *x: jnp.stack(x), params, *others)
+
+        return of_networks(prepare, lambda stacked, key: (stacked, scene.apply))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,8 +115,8 @@ class Members:
     def make(self, scene) -> Samples:
         """Nothing is fitted."""
 
-        def predict(params, x, key):
-            return jax.nn.softmax(scene.apply(params, x).astype(jnp.float32))
+        def predict(params, inputs, key):
+            return jax.nn.softmax(scene.apply(params, *inputs).astype(jnp.float32))
 
         return Samples(lambda params: params, predict)
 
@@ -78,7 +130,7 @@ class Laplace:
     batches: Annotated[int, "training batches the curvature is of; 0: all, once"] = 0
 
     def check(self, run) -> None:
-        """ValueError unless the model is one network with a known last layer."""
+        """ValueError unless the model is one classifier with a known last layer."""
         at_least("samples", self.samples)
         if not 0 < self.prior_precision < float("inf") or self.batches < 0:
             raise ValueError(
@@ -86,11 +138,16 @@ class Laplace:
                 f"batches={self.batches} at least 0"
             )
         single(run, "Laplace")
+        if hasattr(run.model, "vocab"):
+            raise ValueError(
+                "posterior Laplace needs a classifier: the last layer of a language model has too many "
+                "parameters for a full covariance; use Swag, Dropout or Runs"
+            )
 
     def make(self, scene) -> Samples:
         """Fits the last layer to features of the training data."""
         run = scene.run
-        features = lambda params, x: scene.apply(params, x, features=True)  # noqa: E731
+        features = lambda params, x: scene.apply(params, *x, features=True)  # noqa: E731
 
         def prepare(params):
             seen = jax.jit(features)
@@ -102,9 +159,9 @@ class Laplace:
             )
             return params, post
 
-        def predict(fitted, x, key):
+        def predict(fitted, inputs, key):
             params, post = fitted
-            return un.laplace_last_layer_sample(post, features(params, x), key, self.samples)
+            return un.laplace_last_layer_sample(post, features(params, inputs), key, self.samples)
 
         return Samples(prepare, predict)
 
@@ -165,13 +222,14 @@ class Swag:
             stacked["step"] = jnp.arange(len(batches))
             return jax.jit(walk)(params, jax.tree.map(cut, stacked))
 
-        def predict(state, x, key):
-            one = lambda params, x, key: scene.apply(  # noqa: E731
-                un.swag_sample(key, params, scale=self.scale), x
-            )
-            return un.mc_predict(one, state, x, jax.random.split(key, self.samples))
+        def draws(state, key):
+            def net(key, *inputs, **options):
+                params = un.swag_sample(key, state, scale=self.scale)
+                return scene.apply(params, *inputs, **options)
 
-        return Samples(prepare, predict)
+            return jax.random.split(key, self.samples), net
+
+        return of_networks(prepare, draws)
 
 
 def training_batches(run: Any, count: int) -> tuple[list[dict[str, np.ndarray]], int]:
@@ -181,6 +239,11 @@ def training_batches(run: Any, count: int) -> tuple[list[dict[str, np.ndarray]],
         raise ValueError("posterior Laplace: this source has no end, set batches to 1 or more")
     size = count * run.batch or source.size
     return [source.batch_at(i) for i in range(-(-size // run.batch))], size
+
+
+def dropout_of(model: Any) -> float:
+    """The rate of a model, or of what it wraps."""
+    return getattr(model, "dropout", 0) or getattr(getattr(model, "base", None), "dropout", 0)
 
 
 def at_least(name: str, value: int, least: int = 2) -> None:

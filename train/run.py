@@ -11,8 +11,26 @@ from typing import Annotated, Any
 
 from sharding.mesh import MeshShape
 from train.optimizer import Optimizer
+from train.overrides import Kinds
 
 ROOMS = ("jaxlab", "sharding", "models", "train", "configs")
+
+SOURCES = Kinds(
+    f"train.data.{name}"
+    for name in (
+        "text:Text",
+        "labelled:Images",
+        "labelled:Table",
+        "tabular:Shipped",
+        "digits:Digits",
+    )
+)
+
+EVALUATORS = Kinds(
+    f"train.{name}"
+    for name in ("evaluate:HeldOut", "evaluate:Bigram", "evaluate:Sample", "denoise:Denoised",
+                 "classified:Uncertainty", "tokens:Tokens")
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,8 +39,8 @@ class Run:
 
     model: Any
     objective: Any
-    source: Any
-    evaluators: tuple[Any, ...] = ()
+    source: Annotated[Any, "where batches come from", SOURCES]
+    evaluators: Annotated[tuple[Any, ...], "what is measured on held-out data", EVALUATORS] = ()
     optimizer: Optimizer = dataclasses.field(default_factory=Optimizer)
     mesh: MeshShape = dataclasses.field(default_factory=MeshShape)
     steps: Annotated[int, "optimiser steps"] = 300

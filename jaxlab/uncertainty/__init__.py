@@ -76,6 +76,7 @@ from jaxlab.uncertainty.selective import (
     selective_curve,
 )
 from jaxlab.uncertainty.swag import SwagState, swag_init, swag_sample, swag_update
+from jaxlab.uncertainty.tokens import TokenUncertainty, token_uncertainty
 
 __all__ = [
     "DirichletUncertainty",
@@ -89,6 +90,7 @@ __all__ = [
     "ReliabilityCurve",
     "SelectiveCurve",
     "SwagState",
+    "TokenUncertainty",
     "augrc",
     "aupr",
     "aurc",
@@ -146,4 +148,5 @@ __all__ = [
     "swag_init",
     "swag_sample",
     "swag_update",
+    "token_uncertainty",
 ]

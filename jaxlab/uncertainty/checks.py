@@ -33,9 +33,23 @@ def check_values(good, message: str, values=None) -> None:
         raise ValueError(message + found)
 
 
+def as_array(name: str, x) -> jax.Array:
+    """`x` as an array; TypeError for what is none."""
+    try:
+        return jnp.asarray(x)
+    except (TypeError, ValueError):
+        raise TypeError(f"{name}={str(x)[:60]!r} must be an array of numbers") from None
+
+
+def check_type(name: str, x, kind: type) -> None:
+    """TypeError unless `x` is a `kind`."""
+    if not isinstance(x, kind):
+        raise TypeError(f"{name}={str(x)[:60]!r} must be a {kind.__name__}")
+
+
 def real(name: str, x) -> jax.Array:
     """`x`, which must be real, in the type of all that is computed: float64 if it is, else float32."""
-    x = jnp.asarray(x)
+    x = as_array(name, x)
     if not any(jnp.issubdtype(x.dtype, kind) for kind in (jnp.floating, jnp.integer, jnp.bool_)):
         raise TypeError(f"{name} has dtype {x.dtype}; it must be real")
     return arguments.wide(x)
@@ -43,7 +57,7 @@ def real(name: str, x) -> jax.Array:
 
 def as_probabilities(p, from_logits: bool, *, samples: bool = True, name: str = "p") -> jax.Array:
     """Checked probabilities [samples, ..., classes] in the wide type; without samples [..., classes]."""
-    given = jnp.asarray(p)
+    given = as_array(name, p)
     p = real(name, given)
     least, letters = (2, "samples, ..., classes") if samples else (1, "..., classes")
     if p.ndim < least:
@@ -106,7 +120,7 @@ def check_number(name: str, value, legal: str, test) -> None:
         return
     if not isinstance(value, numbers.Real) and np.ndim(value):
         raise ValueError(f"{name}={np.shape(value)} must be a scalar")
-    if isinstance(value, str) or not test(float(value)):
+    if value is None or isinstance(value, str) or not test(float(value)):
         raise ValueError(f"{name}={value!r} must be {legal}")
 
 
@@ -117,7 +131,7 @@ def check_eps(eps) -> None:
 
 def check_labels(name: str, y, num_classes: int | None, size: int | None = None) -> jax.Array:
     """Labels [n] as int32, from 0 to num_classes - 1."""
-    y = jnp.asarray(y)
+    y = as_array(name, y)
     if not (jnp.issubdtype(y.dtype, jnp.integer) or y.dtype == bool):
         raise TypeError(f"{name} has dtype {y.dtype}; it must be integer class labels")
     if y.ndim != 1 or not y.size or (size is not None and y.shape[0] != size):
@@ -142,7 +156,7 @@ def check_scores(score, size: int | None = None, name: str = "score") -> jax.Arr
 
 def check_binary(name: str, x, size: int) -> jax.Array:
     """0 or 1 for each of `size` samples, as int32."""
-    x = jnp.asarray(x)
+    x = as_array(name, x)
     if x.shape != (size,):
         raise ValueError(f"{name}={x.shape} must have the shape ({size},) of score")
     check_values((x == 0) | (x == 1), f"{name} must hold 0 and 1 only", x)
@@ -153,7 +167,10 @@ def check_coverages(name: str, coverages) -> np.ndarray:
     """Static coverages in (0, 1], float64 [n]."""
     if isinstance(coverages, Tracer):
         raise TypeError(f"{name} must be static numbers, not traced ones")
-    values = np.asarray(coverages, np.float64)
+    try:
+        values = np.asarray(coverages, np.float64)
+    except (TypeError, ValueError):
+        values = np.zeros(0)
     if values.ndim != 1 or not values.size or not np.all((values > 0) & (values <= 1)):
         raise ValueError(
             f"{name}={coverages!r} must be numbers above 0 and at most 1, at least one"

@@ -9,7 +9,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxlab.arguments import check_choice
-from jaxlab.uncertainty.checks import Classes, as_probabilities, check_eps, class_groups, real
+from jaxlab.uncertainty.checks import (
+    Classes,
+    as_probabilities,
+    check_eps,
+    check_values,
+    class_groups,
+    real,
+)
 from jaxlab.uncertainty.safe import HIGHEST, Centered, center, ratio, root
 
 FORMS = ("fisher", "reference")
@@ -65,7 +72,7 @@ def cbec(
     to variances, to products of deviations and to products of C; "fisher" needs no eps.
 
     ValueError for p as in `moments`, groups that are empty, overlap or hold no class of p, weights of
-    another shape, an unknown form, eps < 0.
+    another shape or not finite, an unknown form, eps < 0.
     """
     check_choice("form", form, *FORMS)
     check_eps(eps)
@@ -75,6 +82,7 @@ def cbec(
     if weights is None:
         return jnp.sum(terms, (-2, -1))
     weights = real("weights", weights)
+    check_values(jnp.isfinite(weights), "weights must be finite", weights)
     if weights.shape != (len(safe), len(critical)):
         want = (len(safe), len(critical))
         raise ValueError(f"weights={weights.shape} must be {want}: a number for safe x critical")
@@ -90,11 +98,13 @@ def epistemic_confusion_matrix(
 ) -> Float[Array, "k k"]:
     """Mean of the pair terms of `cbec` over all batch axes [K, K], zero on the diagonal.
 
-    ValueError as in `cbec`.
+    ValueError as in `cbec`, and for a batch of nothing.
     """
     check_choice("form", form, *FORMS)
     check_eps(eps)
     p = as_probabilities(p, from_logits)
+    if not p.size:
+        raise ValueError(f"p={p.shape} must hold at least 1 distribution: the mean is over them")
     classes = tuple(range(p.shape[-1]))
     terms = pair_terms(center(p), classes, classes, form, eps)
     return jnp.mean(terms, tuple(range(terms.ndim - 2))) * (

@@ -8,7 +8,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from jaxlab.arguments import check_choice
-from jaxlab.uncertainty.checks import as_probabilities, check_count, check_eps, real
+from jaxlab.uncertainty.checks import (
+    as_probabilities,
+    check_count,
+    check_eps,
+    check_number,
+    check_type,
+    real,
+)
 from jaxlab.uncertainty.moments import Moments
 from jaxlab.uncertainty.safe import center, curvature, jensen_gap, ratio
 
@@ -51,6 +58,7 @@ def contributions_from_moments(
     """The Taylor forms of `contributions` from moments [..., K]; ValueError as there."""
     check_choice("method", method, *TAYLOR)
     check_eps(eps)
+    check_type("m", m, Moments)
     order = TAYLOR.index(method) + 1
     below = real("m.mean", m.mean) + eps
     parts = []
@@ -99,10 +107,16 @@ def signed_skewness_ratio(
 ) -> Float[Array, "*b k"]:
     """m3 / (3 (mu + eps)(var + eps)): third order over second order of D, 0 where var is 0.
 
-    ValueError for eps < 0.
+    ValueError for eps < 0 and shapes that do not broadcast.
     """
     check_eps(eps)
     mu, var, m3 = real("mu", mu), real("var", var), real("m3", m3)
+    try:
+        jnp.broadcast_shapes(mu.shape, var.shape, m3.shape)
+    except ValueError:
+        raise ValueError(
+            f"mu={mu.shape}, var={var.shape}, m3={m3.shape} must be of one shape"
+        ) from None
     return ratio(ratio(m3, var + eps), 3 * (mu + eps))
 
 
@@ -121,5 +135,6 @@ def skewness_ratio(
 
 
 def reliable_mask(rho: Float[Array, "*b k"], threshold: float = 0.3) -> Bool[Array, "*b k"]:
-    """Where rho < threshold: C may be read as D. 0.3 is the paper's."""
-    return jnp.asarray(rho) < threshold
+    """Where rho < threshold: C may be read as D. 0.3 is the paper's. ValueError for a negative threshold."""
+    check_number("threshold", threshold, "at least 0", lambda x: x >= 0)
+    return real("rho", rho) < threshold

@@ -11,7 +11,7 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, Float
 
-from jaxlab.uncertainty.checks import as_probabilities, check_count
+from jaxlab.uncertainty.checks import as_probabilities, check_count, check_type
 from jaxlab.uncertainty.safe import HIGHEST, center
 
 
@@ -49,9 +49,13 @@ def moments(p: Float[Array, "s *b k"], *, ddof: int = 0, from_logits: bool = Fal
 def moments_init(
     batch_shape: tuple[int, ...], num_classes: int, *, dtype=jnp.float32
 ) -> MomentsState:
-    """The state before the first sample of shape [*batch_shape, num_classes]; at least float32."""
+    """The state before the first sample of shape [*batch_shape, num_classes]; at least float32.
+
+    TypeError unless batch_shape is a tuple, ValueError for negative sizes and fewer than 2 classes.
+    """
     check_count("num_classes", num_classes, 2)
-    shape = (*batch_shape, num_classes)
+    check_type("batch_shape", batch_shape, tuple)
+    shape = (*(check_count("batch_shape", size, 0) for size in batch_shape), num_classes)
     zeros = jnp.zeros(shape, jnp.promote_types(dtype, jnp.float32))
     cov = jnp.zeros((*shape, num_classes), zeros.dtype)
     return MomentsState(jnp.zeros((), zeros.dtype), Moments(zeros, zeros, zeros, zeros, cov))
@@ -61,6 +65,7 @@ def moments_update(
     state: MomentsState, p_one: Float[Array, "*b k"], *, from_logits: bool = False
 ) -> MomentsState:
     """The state after one more sample [..., K]; ValueError for another shape than the state's."""
+    check_type("state", state, MomentsState)
     p = as_probabilities(p_one, from_logits, samples=False, name="p_one")
     mean, cov = state.moments.mean, state.moments.cov
     if p.shape != mean.shape:
@@ -72,6 +77,8 @@ def moments_update(
 
 def moments_merge(a: MomentsState, b: MomentsState) -> MomentsState:
     """The state of the samples of both; ValueError unless they have one shape."""
+    check_type("a", a, MomentsState)
+    check_type("b", b, MomentsState)
     x, y = a.moments, b.moments
     if x.mean.shape != y.mean.shape:
         raise ValueError(f"states of shapes {x.mean.shape} and {y.mean.shape} must have one shape")
@@ -97,6 +104,7 @@ def moments_merge(a: MomentsState, b: MomentsState) -> MomentsState:
 
 def moments_finish(state: MomentsState, *, ddof: int = 0) -> Moments:
     """Moments of all samples of the stream; ValueError for fewer than 2, or ddof of them, if known."""
+    check_type("state", state, MomentsState)
     known = not isinstance(state.count, Tracer) and np.ndim(state.count) == 0
     if known and state.count < 2:
         raise ValueError(

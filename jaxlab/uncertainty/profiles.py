@@ -33,11 +33,12 @@ class DriftStats(NamedTuple):
 def dominance(c: Float[Array, "*b k"]) -> Dominance:
     """Class with the largest share of c [..., K], that share, and the entropy of the shares (nats).
 
-    0, 0, 0 where c is all zeros. ValueError for c without axes, TypeError unless it is real.
+    0, 0, 0 where c is all zeros. ValueError for NaN and c without axes, TypeError unless it is real.
     """
     c = real("c", c)
     if c.ndim < 1:
         raise ValueError(f"c={c.shape} must have classes in its last axis")
+    check_values(~jnp.isnan(c), "c holds NaN")
     share = ratio(c, jnp.sum(c, -1, keepdims=True))
     index = jnp.argmax(c, -1).astype(jnp.int32)
     return Dominance(index, jnp.max(share, -1), -jnp.sum(xlogx(share), -1))

@@ -10,31 +10,35 @@ from etils import epath
 
 TEXT = (".txt", ".md", ".rst")
 SUFFIXES = (*TEXT, ".jsonl", ".parquet", ".array_record")
-READ = f"{', '.join(SUFFIXES)} (text files may be .gz)"
 BUILTIN = "builtin:pydoc"
 
 
-def find_files(pattern: str) -> list[epath.Path]:
-    """Files matching a path, folder or glob (local or gs://), sorted.
+def find_files(
+    pattern: str, suffixes: tuple[str, ...] = SUFFIXES, field: str = "source.files"
+) -> list[epath.Path]:
+    """Files matching a path, folder or glob (local or gs://), sorted; `field` names it in errors.
 
     FileNotFoundError if there is none, ValueError for one that is not read, ImportError for gs://
     without the package that reads it.
     """
+    readable = ", ".join(suffixes) + (" (text files may be .gz)" if ".txt" in suffixes else "")
     try:
-        found = _matches(pattern)
+        found = _matches(pattern, suffixes, readable, field)
     except ImportError as error:
         if not pattern.startswith("gs://"):
             raise
         raise ImportError(
-            f"source.files: reading {pattern!r} needs: pip install 'jaxlab[gcs]'"
+            f"{field}: reading {pattern!r} needs: pip install 'jaxlab[gcs]'"
         ) from error
     for file in found:
-        if _kind(file) not in SUFFIXES:
-            raise ValueError(f"source.files: {file} ends in none of {READ}")
+        if _kind(file) not in suffixes:
+            raise ValueError(f"{field}: {file} ends in none of {readable}")
     return found
 
 
-def _matches(pattern: str) -> list[epath.Path]:
+def _matches(
+    pattern: str, suffixes: tuple[str, ...], readable: str, field: str
+) -> list[epath.Path]:
     path = epath.Path(pattern).expanduser()
     if any(c in pattern for c in "*?["):
         parts = path.parts
@@ -42,15 +46,15 @@ def _matches(pattern: str) -> list[epath.Path]:
         base = epath.Path(*parts[:first]) if first else epath.Path(".")
         found = sorted(p for p in base.glob("/".join(parts[first:])) if p.is_file())
     elif path.is_dir():
-        found = sorted(p for p in path.iterdir() if p.is_file() and _kind(p) in SUFFIXES)
+        found = sorted(p for p in path.iterdir() if p.is_file() and _kind(p) in suffixes)
         if not found:
             raise FileNotFoundError(
-                f"source.files: the folder {pattern!r} holds no file whose name ends in one of {READ}"
+                f"{field}: the folder {pattern!r} holds no file whose name ends in one of {readable}"
             )
     else:
         found = [path] if path.is_file() else []
     if not found:
-        raise FileNotFoundError(f"source.files: nothing matches {pattern!r}")
+        raise FileNotFoundError(f"{field}: nothing matches {pattern!r}")
     return found
 
 
@@ -129,18 +133,22 @@ def _json_lines(file: epath.Path, column: str) -> Iterator[tuple[str, str]]:
             yield where, row[column]
 
 
-def _parquet(file: epath.Path, column: str) -> Iterator[tuple[str, str]]:
+def open_parquet(raw, file: epath.Path):
+    """The pyarrow.parquet.ParquetFile of an open file; ImportError without pyarrow, ValueError if none."""
     try:
         import pyarrow as pa
         import pyarrow.parquet as pq
     except ImportError as error:
         raise ImportError("reading Parquet needs: pip install 'jaxlab[data]'") from error
+    try:
+        return pq.ParquetFile(raw)
+    except pa.ArrowInvalid as error:
+        raise ValueError(f"{file}: not a Parquet file: {error}") from error
+
+
+def _parquet(file: epath.Path, column: str) -> Iterator[tuple[str, str]]:
     with file.open("rb") as raw:
-        try:
-            table = pq.ParquetFile(raw)
-        except pa.ArrowInvalid as error:
-            raise ValueError(f"{file}: not a Parquet file: {error}") from error
-        yield from _rows(table, column, file)
+        yield from _rows(open_parquet(raw, file), column, file)
 
 
 def _rows(table, column: str, file: epath.Path) -> Iterator[tuple[str, str]]:
@@ -158,7 +166,8 @@ def _rows(table, column: str, file: epath.Path) -> Iterator[tuple[str, str]]:
             number += 1
 
 
-def _array_record(file: epath.Path) -> Iterator[tuple[str, str]]:
+def open_array_record(file: epath.Path):
+    """(reader, number of records) of a file; ImportError without array-record, ValueError if none."""
     try:
         from array_record.python.array_record_module import ArrayRecordReader
     except ImportError as error:
@@ -166,6 +175,11 @@ def _array_record(file: epath.Path) -> Iterator[tuple[str, str]]:
     reader = ArrayRecordReader(str(file))
     if not reader.ok():
         raise ValueError(f"{file}: not an ArrayRecord file")
-    for number in range(reader.num_records()):
+    return reader, reader.num_records()
+
+
+def _array_record(file: epath.Path) -> Iterator[tuple[str, str]]:
+    reader, count = open_array_record(file)
+    for number in range(count):
         yield f"{file}:{number}", _utf8(reader.read([number])[0], f"{file}:{number}")
     reader.close()

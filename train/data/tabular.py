@@ -7,6 +7,8 @@ from typing import Annotated, Literal
 import jax
 import numpy as np
 
+from train.data.epochs import Rows, held_out
+
 SHIFTS = ("none", "noisy", "permuted", "scaled")
 SIZES = {"digits": 10, "breast_cancer": 2, "wine": 3}  # classes
 
@@ -47,6 +49,11 @@ class Shipped:
     strength: Annotated[float, "deviation of shift 'noisy', factor of 'scaled'"] = 0.5
     held_out: Annotated[float, "share of the rows that is held out"] = 0.35
     split_seed: Annotated[int, "of the cut, the noise of labels and that of held-out rows"] = 0
+
+    @property
+    def splits(self) -> tuple[str, ...]:
+        """What `make` knows."""
+        return ("train", "valid", "ood")
 
     @property
     def classes(self) -> int:
@@ -97,10 +104,20 @@ class Shipped:
 
     def make(
         self, batch: int, *, seed: int, split: str, process_index: int = 0, process_count: int = 1
-    ) -> "Rows":
+    ) -> Rows:
         """The batches of a split: 'train', in a new order every epoch; 'valid' and 'ood', in one."""
         x, y = parts(self)[split]
-        return Rows(self, x, y, batch, seed, split)
+
+        def fetch(index, places):
+            if split != "train" or not self.noise:
+                return x[index]
+            drawn = [
+                np.random.default_rng([seed, 2, *place]).standard_normal(x.shape[1])
+                for place in places
+            ]
+            return x[index] + self.noise * np.asarray(drawn, np.float32)
+
+        return Rows(fetch, y, self.spec(batch), seed, split)
 
 
 @functools.lru_cache
@@ -108,10 +125,7 @@ def parts(config: Shipped) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """{"train", "valid", "ood": (x [n, features], labels [n])}, before the noise of training rows."""
     c, (x, y) = config, shipped(config.name)
     random = np.random.default_rng([c.split_seed, 0])
-    valid = np.zeros(len(y), bool)
-    for k in np.unique(y):
-        rows = random.permutation(np.flatnonzero(y == k))
-        valid[rows[: max(1, round(c.held_out * len(rows)))]] = True
+    valid = held_out(y, c.held_out, random)
     out = np.isin(y, c.leave_out)
     train = np.flatnonzero(~valid & ~out)
     if c.name != "digits":
@@ -139,35 +153,3 @@ def parts(config: Shipped) -> dict[str, tuple[np.ndarray, np.ndarray]]:
         held = held * c.strength
     pairs = {"train": (x[train], labels), "valid": (held, y[valid & ~out]), "ood": ood}
     return {k: (a.astype(np.float32), b.astype(np.int32)) for k, (a, b) in pairs.items()}
-
-
-class Rows:
-    """Random access to the batches of one part; the last one of an epoch goes on in the next."""
-
-    def __init__(self, config, x, y, batch: int, seed: int, split: str):
-        self.config, self.x, self.y, self.batch, self.split = config, x, y, batch, split
-        self.seed, self.spec = seed, config.spec(batch)
-        self.size = len(y)
-        # Metrics of the objective are of whole batches that hold a row once.
-        self.num_batches = max(1, len(y) // batch) if split != "train" else -(-len(y) // batch)
-        self._order = functools.lru_cache(2)(
-            lambda epoch: np.random.default_rng([seed, 1, epoch]).permutation(len(y))
-        )
-
-    def batch_at(self, step: int, rows: slice | None = None) -> dict[str, np.ndarray]:
-        """Rows `rows` (all if None) of the batch of a step."""
-        start, stop, _ = (rows or slice(None)).indices(self.batch)
-        at = [divmod(step * self.batch + row, len(self.y)) for row in range(start, stop)]
-        train = self.split == "train"
-        index = np.asarray([self._order(epoch)[i] if train else i for epoch, i in at], int)
-        x = self.x[index]
-        if train and self.config.noise:
-            # By the place in the stream: what a row looks like does not depend on the batch size.
-            drawn = [
-                np.random.default_rng([self.seed, 2, *pair]).standard_normal(x.shape[1])
-                for pair in at
-            ]
-            x = x + self.config.noise * np.asarray(drawn, np.float32)
-        name = next(iter(self.spec))
-        shape = self.spec[name].shape[1:]
-        return {name: x.reshape(-1, *shape).astype(np.float32), "labels": self.y[index]}
