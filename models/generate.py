@@ -111,6 +111,43 @@ def prefill(
         )
 
 
+def read(
+    module: Decoder | LoraModule,
+    params,
+    progress: Progress,
+    tokens: Int[Array, "r p"],
+    lengths: Int[Array, "r"],
+    *,
+    made: int | Int[Array, ""],
+) -> Progress:
+    """Reads what follows in each row, right-padded to p slots: an agent's next observation.
+
+    Rows of length 0 are done; the others go on from here, with the key of token number `made`. The rows
+    must have been decoded with `leave_no_trace`.
+    """
+    rows, p = tokens.shape
+    if lengths.shape != (rows,) or progress.positions.shape != (rows,):
+        raise ValueError(
+            f"tokens {tokens.shape} and lengths {lengths.shape} must have a row for each of the "
+            f"{progress.positions.shape[0]} that are decoded"
+        )
+    with _decoding_rules():
+        place = jnp.arange(p)[None]
+        real = (place < lengths[:, None]).astype(jnp.int32)
+        positions = progress.positions[:, None] + place
+        hidden, states = _call(module, params, "extend", tokens, progress.states, positions, real)
+        last = jnp.maximum(lengths - 1, 0)[:, None, None]
+        logits = _call(module, params, "logits", jnp.take_along_axis(hidden, last, 1)[:, 0])
+        return Progress(
+            states,
+            _constrain_rows(logits),
+            progress.positions + lengths,
+            progress.keys,
+            jnp.asarray(made, jnp.int32),
+            lengths == 0,
+        )
+
+
 def decode(
     module: Decoder | LoraModule,
     params,
@@ -120,11 +157,13 @@ def decode(
     stop: tuple[int, ...] = (),
     sampling: Sampling = PLAIN,
     pad: int = 0,
+    leave_no_trace: bool = False,
 ) -> tuple[Progress, Generated]:
     """`steps` more tokens, fewer once every row is done; the room of the state must suffice.
 
     Calls in sequence make what one call of all the steps would, so text can be shown as it is made:
-    donate `progress`. `Generated` holds the tokens of this call alone.
+    donate `progress`. `Generated` holds the tokens of this call alone. `leave_no_trace`: what fills a
+    row that is done enters neither its state nor its positions, so that `read` may follow.
     """
     sampling.check()
     if steps < 1:
@@ -146,14 +185,15 @@ def decode(
             for old, new in zip(out, column, strict=True)
         ]
         stopped = jnp.isin(tokens, jnp.asarray(stop, jnp.int32)) if stop else False
+        real = (live[:, None].astype(jnp.int32),) if leave_no_trace else ()
         hidden, states = _call(
-            module, params, "extend", tokens[:, None], at.states, at.positions[:, None]
+            module, params, "extend", tokens[:, None], at.states, at.positions[:, None], *real
         )
         logits = _call(module, params, "logits", hidden[:, 0])
         after = Progress(
             states,
             _constrain_rows(logits),
-            at.positions + 1,
+            at.positions + (live if leave_no_trace else 1),
             at.keys,
             at.made + 1,
             at.done | (live & stopped),

@@ -111,6 +111,7 @@ CALLS: dict[str, Case] = {
     "safe_mixing": Case(lambda g, x: rl.safe_mixing(g, x - 2 * g), shapes((4,), (4,)), "wide"),
     "token_signals": data(lambda a, b: rl.token_signals(-jnp.abs(a), -jnp.abs(b)), (4, 3), (4, 3)),
     "token_signals_from_logits": data(lambda z: rl.token_signals_from_logits(z, IDS), (4, 7)),
+    "second_logprobs": data(rl.second_logprobs, (4, 7)),
     "step_uncertainty": data(lambda x: rl.step_uncertainty(x, MASK, rho=0.5), (4, 3, 3)),
     "smooth_backward": data(lambda u: rl.smooth_backward(u, MASK, 0.9), (4, 3)),
     "trajectory_uncertainty": data(lambda u: rl.trajectory_uncertainty(u, MASK, 0.9), (4, 3)),

@@ -6,8 +6,8 @@ import jax.numpy as jnp
 
 from jaxlab.rl import RLConfig, rl_objective
 
-# Columns [rows] of a batch whose means are logged beside the loss.
-LOGGED = ("reward", "length", "informative")
+# Columns [rows] of a batch whose means are logged beside the loss; sources have some of them.
+LOGGED = ("reward", "length", "informative", "steps", "invalid", "uncertainty", "gate", "anchors")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,7 +19,7 @@ class Policy:
     def __call__(self, apply, params, batch, key):
         _, metrics = rl_objective(self.loss)(apply, params, batch, key)
         rows = jnp.float32(len(batch["reward"]))
-        metrics |= {name: (jnp.sum(batch[name]), rows) for name in LOGGED}
+        metrics |= {name: (jnp.sum(batch[name]), rows) for name in LOGGED if name in batch}
         return metrics["loss"][0], metrics
 
     def reference(self, apply, params, batch, key):
@@ -32,9 +32,9 @@ class Policy:
 
     def check(self, model, source) -> None:
         """ValueError when the model or the source cannot serve this loss."""
-        from train.rollout.source import Rollouts
+        from train.rollout.source import Sampled
 
-        if not isinstance(source, Rollouts):
+        if not isinstance(source, Sampled):
             raise ValueError(f"objective policy needs a source of rollouts, got {source}")
         needed = source.vocab_size()
         if not hasattr(model, "vocab") or (needed is not None and model.vocab < needed):

@@ -168,9 +168,7 @@ def house_step(
     return after, HouseStep(reward, won, valid)
 
 
-def house_oracle(
-    config: HouseConfig, state: HouseState
-) -> tuple[Int[Array, ""], Int[Array, ""]]:
+def house_oracle(config: HouseConfig, state: HouseState) -> tuple[Int[Array, ""], Int[Array, ""]]:
     """(verb, noun) of a shortest way to the goal for an agent that sees all of the house.
 
     From a state with something else in the hand it is a way, not always a shortest one.

@@ -3,8 +3,8 @@
 Reading the words that are there gives a text in which no two observations look alike.
 """
 
-import numpy as np
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Int
 
 from jaxlab.envs.house import CONDITIONS, VERBS, WITH_DOOR, HouseConfig, HouseState

@@ -47,6 +47,7 @@ from jaxlab.rl.selaur import (
 from jaxlab.rl.uncertainty import (
     discounted_returns,
     reshape_scores,
+    second_logprobs,
     shaping_terms,
     smooth_backward,
     step_uncertainty,
@@ -95,6 +96,7 @@ __all__ = [
     "rl_loss",
     "rl_objective",
     "safe_mixing",
+    "second_logprobs",
     "selaur_advantage",
     "shaping_terms",
     "smooth_backward",

@@ -8,7 +8,7 @@ the note on it; GiGPO: 2505.10978.
 import dataclasses
 import math
 from collections.abc import Hashable, Sequence
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -87,21 +87,25 @@ def anchor_ids(observations: Sequence[Hashable], group: Sequence[int]) -> np.nda
 class AgentConfig:
     """Everything static of the advantages of agents; ValueError on construction for values out of range."""
 
-    transform: str = "linear"  # "none" is GiGPO
-    weights: tuple[float, float, float] = (1 / 3, 1 / 3, 1 / 3)
-    rho: float = 1.0
-    margin_bias: float = 1.0
-    margin_temp: float = 1.0
-    decay: float = 0.95
-    summary: str = "mean_smoothed"
-    step_weight: float = 0.85
-    scale: float = 10.0
-    gate: float = 0.0  # shape only where the success rate over trajectories is above
-    gamma: float = 0.95
-    omega: float = 1.0  # 0 is GRPO
-    std: bool = False
-    over_trajectories: bool = False  # episode statistics from one row a trajectory
-    eps: float = 1e-6
+    transform: Annotated[
+        str, "how failed or won episodes are reshaped: linear, neg, exp; none: GiGPO"
+    ] = "linear"
+    weights: Annotated[
+        tuple[float, float, float], "of entropy term, least confidence and margin"
+    ] = (1 / 3, 1 / 3, 1 / 3)
+    rho: Annotated[float, "share of the weighted sum of signals; the rest is their maximum"] = 1.0
+    margin_bias: Annotated[float, "margin whose signal is a half, in nats"] = 1.0
+    margin_temp: Annotated[float, "softness of the margin's signal"] = 1.0
+    decay: Annotated[float, "of the smoothing over later steps"] = 0.95
+    summary: Annotated[str, "of an episode's steps: mean_smoothed or exp_late"] = "mean_smoothed"
+    step_weight: Annotated[float, "of uncertainty in the returns of steps"] = 0.85
+    scale: Annotated[float, "of what uncertainty adds; that of the reward of success"] = 10.0
+    gate: Annotated[float, "shape only where the success rate over trajectories is above"] = 0.0
+    gamma: Annotated[float, "discount of the returns of steps"] = 0.95
+    omega: Annotated[float, "weight of the advantages of steps; 0 is GRPO"] = 1.0
+    std: Annotated[bool, "divide by the standard deviation of the group"] = False
+    over_trajectories: Annotated[bool, "episode statistics from one row a trajectory"] = False
+    eps: Annotated[float, "added to the standard deviation"] = 1e-6
 
     def __post_init__(self):
         check_choice("transform", self.transform, "none", *TRANSFORMS)

@@ -51,6 +51,13 @@ def token_signals(
     return jnp.stack([spread, -jnp.expm1(lp), jnp.where(lp2 == -jnp.inf, 0, margin)], -1)
 
 
+def second_logprobs(logits: Float[Array, "*b V"]) -> Float[Array, "*b"]:
+    """Log-probability of the token of rank 2 under softmax(logits), -inf if V is 1; no gradient flows."""
+    z = stop(wide(logits))
+    best = jnp.arange(z.shape[-1]) == jnp.argmax(z, -1)[..., None]
+    return jnp.max(jnp.where(best, -jnp.inf, z), -1) - jax.nn.logsumexp(z, -1)
+
+
 def token_signals_from_logits(
     logits: Float[Array, "*b R V"],
     tokens: Int[Array, "*b R"],
@@ -66,14 +73,10 @@ def token_signals_from_logits(
     """
     logits = stop(logits)
     logp = logprobs_from_logits(logits, tokens)
-    vocab = jnp.shape(logits)[-1]
-    best = jnp.arange(vocab) == jnp.argmax(logits, -1)[..., None]
-    z = wide(logits)
-    second = jnp.max(jnp.where(best, -jnp.inf, z), -1) - jax.nn.logsumexp(z, -1)
     options = dict(margin_bias=margin_bias, margin_temp=margin_temp)
-    signals = token_signals(jnp.minimum(logp, 0), second, **options)
+    signals = token_signals(jnp.minimum(logp, 0), second_logprobs(logits), **options)
     if full_entropy:
-        share = entropy_from_logits(logits) / (math.log(vocab) or 1)
+        share = entropy_from_logits(logits) / (math.log(jnp.shape(logits)[-1]) or 1)
         signals = signals.at[..., 0].set(share)
     return signals
 

@@ -1,4 +1,4 @@
-"""Tokenizers by name: bytes, or a Hugging Face tokenizer.json."""
+"""Tokenizers by name: bytes, or a Hugging Face tokenizer.json; and one of a few fixed words."""
 
 import hashlib
 from collections.abc import Sequence
@@ -46,6 +46,30 @@ class Bytes:
     def decode(self, ids: Sequence[int]) -> str:
         """Text; bytes that are no UTF-8 become a replacement character."""
         return bytes(i for i in ids if i).decode(errors="replace")
+
+
+class Words:
+    """A fixed few words; 0 ends a document, 1 is the end of a line."""
+
+    bos: int | None = None
+    eos: int | None = 0
+
+    def __init__(self, words: Sequence[str]):
+        self._words = ("", "\n", *words)
+        self._ids = {word: i for i, word in enumerate(self._words)}
+        self.vocab_size = len(self._words)
+
+    def encode(self, text: str) -> np.ndarray:
+        """One id a word; ValueError for one that is not known."""
+        found = text.replace("\n", " \n ").split(" ")
+        try:
+            return np.array([self._ids[word] for word in found if word], np.int32)
+        except KeyError as error:
+            raise ValueError(f"{text!r} holds {error.args[0]!r}, which is no known word") from error
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Words with a space between them."""
+        return " ".join(self._words[i] for i in ids if i)
 
 
 class HuggingFace:

@@ -21,8 +21,33 @@ ROWS = ("mask", "logp_old", "logp_sampler", "logp_ref")  # float32 [rows, tokens
 COLUMNS = ("adv", "adv_reference", "informative", "reward", "length")  # float32 [rows]
 
 
+class Sampled:
+    """What sources that sample from the current parameters share."""
+
+    samples: int
+    temperature: float
+    lag: int
+    reference: bool
+
+    def check_sampling(self) -> None:
+        """ValueError naming the field that cannot work."""
+        for name, least in (("samples", 1), ("lag", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"source.{name}={getattr(self, name)} must be at least {least}")
+        if not 0 < self.temperature < float("inf"):
+            raise ValueError(f"source.temperature={self.temperature} must be finite and above 0")
+
+    def check_batch(self, batch: int) -> None:
+        """ValueError unless a batch holds whole groups."""
+        if batch % self.samples:
+            raise ValueError(
+                f"batch={batch} is not divisible by source.samples={self.samples}: a batch holds whole "
+                f"groups"
+            )
+
+
 @dataclasses.dataclass(frozen=True)
-class Rollouts(Reason):
+class Rollouts(Reason, Sampled):
     """Sampled answers to reasoning-gym problems with what policy losses need; a batch counts answers."""
 
     samples: Annotated[int, "answers a problem; they share its prefill"] = 8
@@ -34,20 +59,12 @@ class Rollouts(Reason):
     def check(self, mesh_sizes: dict[str, int]) -> None:
         """ValueError naming the field that cannot work."""
         super().check(mesh_sizes)
-        for name, least in (("samples", 1), ("lag", 0)):
-            if getattr(self, name) < least:
-                raise ValueError(f"source.{name}={getattr(self, name)} must be at least {least}")
-        if not 0 < self.temperature < float("inf"):
-            raise ValueError(f"source.temperature={self.temperature} must be finite and above 0")
+        self.check_sampling()
         self.advantage.check(self.samples, self.new)
 
     def spec(self, batch: int):
         """Names, shapes and dtypes of a global batch."""
-        if batch % self.samples:
-            raise ValueError(
-                f"batch={batch} is not divisible by source.samples={self.samples}: a batch holds whole "
-                f"groups"
-            )
+        self.check_batch(batch)
         tokens = jax.ShapeDtypeStruct((batch, self.seq_len), np.float32)
         column = jax.ShapeDtypeStruct((batch,), np.float32)
         rows = [name for name in ROWS if name != "logp_ref" or self.reference]
@@ -62,27 +79,24 @@ class Rollouts(Reason):
         return Collector(self, batch, seed)
 
 
-class Collector:
+class Collected:
     """Batches that look at the parameters: `lag + 1` of them are collected at once, then used in turn.
 
     Every process makes the same whole batch. Randomness comes from the seed and the numbers of the
     problems, which follow from the step; what is collected and not yet used is the state, so that a
-    run goes on exactly wherever it was killed.
+    run goes on exactly wherever it was killed. The collecting itself is `_collect` of a subclass.
     """
 
-    def __init__(self, config: Rollouts, batch: int, seed: int):
+    _scene: Scene
+
+    def __init__(self, config: Any, batch: int, seed: int):
         self.config, self.batch, self.seed = config, batch, seed
         self.spec = config.spec(batch)
         self._waiting: list[dict[str, np.ndarray]] = []
 
-    def attach(self, scene: Scene) -> None:
-        """Takes what sampling needs of a run: model, mesh, and the parameters it starts from."""
-        self._scene, c = scene, self.config
-        self._sampler = Sampler(scene, c.samples, "train", self.seed)
-        self._shape = jax.jit(functools.partial(shape, config=c.advantage, new=c.new))
-        self._reference = None
-        if c.reference:
-            self._reference = starting_parameters(scene.run)
+    def _collect(self, step: int, params: Any) -> dict[str, np.ndarray]:
+        """The whole batch of a step."""
+        raise NotImplementedError
 
     def batch_from(self, step: int, params: Any) -> Mapping[str, jax.Array]:
         """The global batch of a step, of samples at most `lag` updates old."""
@@ -92,21 +106,6 @@ class Collector:
         whole = self._waiting.pop(0)
         fetch = lambda rows: {name: x[rows] for name, x in whole.items()}  # noqa: E731
         return global_batch(fetch, self.spec, self._scene.mesh, self._scene.order)
-
-    def _collect(self, step: int, params: Any) -> dict[str, np.ndarray]:
-        c, problems = self.config, self.batch // self.config.samples
-        key = jax.random.fold_in(jax.random.key(self.seed), 1)  # key 0 is the parameters'
-        indices = range(step * problems, (step + 1) * problems)
-        got = self._sampler(params, indices, key, self._reference)
-        columns = self._shape(got.correct, got.lengths, got.rows["mask"])
-        rows = got.rows | jax.device_get(columns)
-        rows |= {
-            "reward": got.correct.reshape(-1),
-            "length": got.lengths.reshape(-1).astype(np.float32),
-        }
-        if c.advantage.dynamic:
-            rows["mask"] = rows["mask"] * rows["informative"][:, None]
-        return {name: rows[name] for name in self.spec}
 
     def get_state(self) -> str | None:
         """What is collected and not yet used, as text; None if nothing is."""
@@ -124,3 +123,29 @@ class Collector:
         with np.load(io.BytesIO(base64.b64decode(state))) as held:
             count = len(held.files) // len(self.spec)
             self._waiting = [{n: held[f"{i}/{n}"] for n in self.spec} for i in range(count)]
+
+
+class Collector(Collected):
+    """`Collected` answers to problems."""
+
+    def attach(self, scene: Scene) -> None:
+        """Takes what sampling needs of a run: model, mesh, and the parameters it starts from."""
+        self._scene, c = scene, self.config
+        self._sampler = Sampler(scene, c.samples, "train", self.seed)
+        self._shape = jax.jit(functools.partial(shape, config=c.advantage, new=c.new))
+        self._reference = starting_parameters(scene.run) if c.reference else None
+
+    def _collect(self, step: int, params: Any) -> dict[str, np.ndarray]:
+        c, problems = self.config, self.batch // self.config.samples
+        key = jax.random.fold_in(jax.random.key(self.seed), 1)  # key 0 is the parameters'
+        indices = range(step * problems, (step + 1) * problems)
+        got = self._sampler(params, indices, key, self._reference)
+        columns = self._shape(got.correct, got.lengths, got.rows["mask"])
+        rows = got.rows | jax.device_get(columns)
+        rows |= {
+            "reward": got.correct.reshape(-1),
+            "length": got.lengths.reshape(-1).astype(np.float32),
+        }
+        if c.advantage.dynamic:
+            rows["mask"] = rows["mask"] * rows["informative"][:, None]
+        return {name: rows[name] for name in self.spec}

@@ -1,0 +1,28 @@
+"""Supervised start of agents in text-houses: a small word LM sees the oracle at work.
+
+Launch:   jaxlab train sft_house
+Expected: see docs/rl.md
+"""
+
+from models.decoder import DecoderConfig
+from train.evaluate import HeldOut
+from train.objectives import NextToken
+from train.optimizer import Optimizer
+from train.rollout.shown import Shown
+from train.rollout.success import Success
+from train.run import Run
+
+
+def run() -> Run:
+    """Houses of two rooms; `rl_house` goes on from it."""
+    return Run(
+        model=DecoderConfig(
+            vocab=64, layers=2, d_model=64, heads=4, kv_heads=4, head_dim=16, mlp=192
+        ),
+        objective=NextToken(),
+        source=Shown(),
+        evaluators=(HeldOut(batches=2), Success()),
+        optimizer=Optimizer(lr=3e-3),
+        steps=200,
+        batch=16,
+    )

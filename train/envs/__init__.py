@@ -1,0 +1,1 @@
+"""Text environments of agents: the protocol, the text-house, games, and processes that step them."""
