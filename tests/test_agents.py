@@ -14,9 +14,8 @@ import pytest
 from test_rollout import parameters
 from text_worlds import Counter
 
-from jaxlab import rl
 from jaxlab.envs import HouseConfig
-from jaxlab.rl import AgentConfig, RLConfig
+from jaxlab.rl import AgentConfig
 from models.decoder import DecoderConfig
 from sharding.mesh import MeshShape
 from train import trainer
