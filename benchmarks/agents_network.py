@@ -66,7 +66,7 @@ class Steps(NamedTuple):
 
 def features(study: Study, tokens):
     """Which words stand in which part of an observation, [parts * words] of 0 and 1."""
-    fields = jnp.asarray(envs.house_fields(study.house))
+    fields = envs.house_fields(study.house)
     size = len(envs.house_words(study.house))
     found = jnp.zeros((fields.max() + 1, size)).at[fields, tokens].set(1.0)
     return found.at[:, 0].set(0.0).reshape(-1)
@@ -199,7 +199,7 @@ def watched(rows: dict, got: rl.AgentAdvantage, study: Study) -> dict:
     order = jnp.lexsort((rows["anchor"], rows["group"], ~valid))
     same = lambda x: x[order][1:] == x[order][:-1]  # noqa: E731
     again = same(rows["anchor"]) & same(rows["group"]) & valid[order][1:]
-    tasks = won[first].reshape(study.tasks, study.samples)
+    tasks = won.reshape(study.tasks, study.samples, study.horizon)[..., 0]
     return {
         "success": jnp.mean(tasks),
         "steps": jnp.sum(valid) / jnp.sum(first),

@@ -362,9 +362,15 @@ INTERNAL = {
 
 # Rows of a package in a file of its own, which takes `Case` from here.
 import diffusion_contract_cases  # noqa: E402
+import envs_contract_cases  # noqa: E402
 import rl_contract_cases  # noqa: E402
 import uncertainty_contract_cases  # noqa: E402
 
-for package in (diffusion_contract_cases, rl_contract_cases, uncertainty_contract_cases):
+for package in (
+    diffusion_contract_cases,
+    envs_contract_cases,
+    rl_contract_cases,
+    uncertainty_contract_cases,
+):
     CASES |= package.CASES
     EXEMPT |= package.EXEMPT

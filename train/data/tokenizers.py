@@ -68,8 +68,8 @@ class Words:
             raise ValueError(f"{text!r} holds {error.args[0]!r}, which is no known word") from error
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Words with a space between them."""
-        return " ".join(self._words[i] for i in ids if i)
+        """Words with a space between them; an id that is none becomes a replacement character."""
+        return " ".join(self._words[i] if i < self.vocab_size else "\ufffd" for i in ids if i)
 
 
 class HuggingFace:
