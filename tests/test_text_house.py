@@ -14,8 +14,12 @@ from hypothesis import strategies as st
 from jaxlab import envs
 from jaxlab.envs.house import CONDITIONS, RECEPTACLES, ROOMS, VERBS, WITH_DOOR, HouseConfig
 
-TINY = [HouseConfig(1, 2, 1, 2), HouseConfig(2, 3, 1, 3), HouseConfig(2, 2, 2, 1)]
-tiny = pytest.mark.parametrize("config", TINY, ids=lambda c: f"{c.rooms}{c.receptacles}{c.objects}")
+TINY = [HouseConfig(1, 2, 1, 2), HouseConfig(2, 2, 1, 2), HouseConfig(1, 2, 2, 0)]
+TINY += [
+    pytest.param(HouseConfig(*sizes), marks=pytest.mark.slow)
+    for sizes in ((2, 3, 1, 3), (2, 2, 2, 1), (1, 3, 1, 3))
+]
+tiny = pytest.mark.parametrize("config", TINY, ids=str)
 LIMIT = 11  # steps of the longest shortest way: room, go, open, take; room, go, heat; room, go, open, put
 
 
