@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 from jaxlab import envs
 from jaxlab.envs.house import CONDITIONS, RECEPTACLES, ROOMS, VERBS, WITH_DOOR, HouseConfig
 
-TINY = [HouseConfig(1, 2, 1, 2), HouseConfig(2, 2, 1, 2), HouseConfig(1, 2, 2, 0)]
+TINY = [HouseConfig(2, 2, 1, 2)]
 TINY += [
     pytest.param(HouseConfig(*sizes), marks=pytest.mark.slow)
-    for sizes in ((2, 3, 1, 3), (2, 2, 2, 1), (1, 3, 1, 3))
+    for sizes in ((1, 2, 2, 0), (2, 3, 1, 3), (2, 2, 2, 1), (1, 3, 1, 3))
 ]
 tiny = pytest.mark.parametrize("config", TINY, ids=str)
 LIMIT = 11  # steps of the longest shortest way: room, go, open, take; room, go, heat; room, go, open, put
@@ -168,9 +168,7 @@ def test_every_step_of_tiny_houses_and_the_oracle_takes_a_shortest_way(config):
             assert distance[name(t)] == distance[name(s)] - 1
 
 
-@pytest.mark.parametrize(
-    "config", [HouseConfig(), HouseConfig(4, 8, 8, 3), HouseConfig(1, 2, 1, 0)]
-)
+@pytest.mark.parametrize("config", [HouseConfig(4, 8, 8, 3), HouseConfig(1, 2, 1, 0)])
 def test_the_oracle_solves_every_house(config):
     def walk(state):
         def body(state, _):
@@ -247,7 +245,7 @@ def test_one_trace_serves_every_house_and_a_whole_rollout_is_one_program():
 
         return jax.lax.scan(body, envs.house_reset(config, key), jax.random.split(key, 8))
 
-    traced = jax.jit(chex.assert_max_traces(jax.vmap(rollout), n=1))
+    traced = jax.jit(chex.assert_max_traces(lambda keys: jax.vmap(rollout)(keys), n=1))
     _, out = traced(jax.random.split(jax.random.key(4), 16))
     traced(jax.random.split(jax.random.key(5), 16))
     chex.clear_trace_counter()
