@@ -7,6 +7,7 @@ so differences are paired. Writes agents_<platform>.json, .md and .png into --ou
 """  # fmt: skip
 
 import argparse
+import dataclasses
 import sys
 import time
 from pathlib import Path
@@ -20,6 +21,7 @@ sys.path.insert(0, str(ROOT))
 from benchmarks import agents_network  # noqa: E402
 from benchmarks.machine import described, environment, publish  # noqa: E402
 from benchmarks.passk import plain, table  # noqa: E402
+from jaxlab.envs.house import VERBS  # noqa: E402
 
 MAIN = ("GRPO", "GiGPO", "SELAUR")
 
@@ -150,8 +152,6 @@ def plot(record: dict, study: agents_network.Study, file: Path) -> None:
 
 def main() -> None:
     """Runs the study."""
-    import dataclasses
-
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, default=12)
     parser.add_argument("--iterations", type=int, default=agents_network.Study.iterations)
@@ -159,22 +159,28 @@ def main() -> None:
     args = parser.parse_args()
     study = agents_network.Study(iterations=args.iterations)
     begin = time.perf_counter()
-    record = jax.tree.map(np.asarray, agents_network.run(args.seeds, study))
+    for record in agents_network.run(args.seeds, study):
+        if {"GiGPO"} <= set(record["arms"]):  # the arm that others are compared with
+            write(record, study, args.seeds, time.perf_counter() - begin, args.out)
+
+
+def write(record: dict, study: agents_network.Study, seeds: int, seconds: float, out: Path) -> None:
+    """JSON, page and plot of the arms so far."""
     arms = {
         name: {curve: plain(x) for curve, x in arm.items() if curve in ("held_out", "success")}
         for name, arm in record["arms"].items()
     }
     r = environment() | {
-        "seeds": args.seeds,
-        "seconds": time.perf_counter() - begin,
+        "seeds": seeds,
+        "seconds": seconds,
         "study": dataclasses.asdict(study),
-        "actions": len(agents_network.VERBS) * len(study.house.nouns),
+        "actions": len(VERBS) * len(study.house.nouns),
         "start": float(record["start"].mean()),
         "summary": summary(record, study),
         "arms": arms,
     }
-    publish(r, markdown(r), args.out, "agents")
-    plot(record, study, args.out / f"agents_{jax.default_backend()}.png")
+    publish(r, markdown(r), out, "agents")
+    plot(record, study, out / f"agents_{jax.default_backend()}.png")
 
 
 if __name__ == "__main__":

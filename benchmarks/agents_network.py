@@ -7,10 +7,12 @@ one program. Protocol: note on SELAUR (arXiv 2602.21158), sections 5 and 8.
 """
 
 import dataclasses
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from jaxlab import envs, rl
@@ -27,7 +29,7 @@ class Study:
     house: envs.HouseConfig = envs.HouseConfig()
     horizon: int = 20
     width: int = 64
-    warm: int = 40  # supervised steps
+    warm: int = 275  # supervised steps
     tasks: int = 16
     samples: int = 8
     iterations: int = 150
@@ -258,13 +260,16 @@ def held_out(params, study: Study):
     return jnp.mean(jnp.any(steps.done, 1))
 
 
-def run(seeds: int, study: Study = Study(), arms: dict[str, AgentConfig] = ARMS) -> dict:
-    """{"start": held-out success [seeds], "arms": {name: curves [seeds, ...]}}, an arm a program."""
+def run(seeds: int, study: Study = Study(), arms: dict[str, AgentConfig] = ARMS) -> Iterator[dict]:
+    """{"start": held-out success [seeds], "arms": {name: curves [seeds, ...]}} with one more arm each time.
+
+    An arm is one program; all have the same warm starts, houses and keys.
+    """
     keys = jax.random.split(jax.random.key(0), (seeds, 2))
     params = jax.jit(jax.vmap(lambda key: warm_start(key, study)))(keys[:, 0])
     start = jax.jit(jax.vmap(lambda params: held_out(params, study)))(params)
-    record = {"start": start, "arms": {}}
+    record = {"start": np.asarray(start), "arms": {}}
     for name, arm in arms.items():
         fit = jax.vmap(lambda params, key, arm=arm: train(arm, params, key, study))
-        record["arms"][name] = jax.jit(fit)(params, keys[:, 1])
-    return record
+        record["arms"][name] = jax.tree.map(np.asarray, jax.jit(fit)(params, keys[:, 1]))
+        yield record
