@@ -49,7 +49,6 @@ def steps_to(curve: np.ndarray, level: float, every: int) -> np.ndarray:
 def summary(record: dict, study: agents_network.Study) -> dict:
     """{arm: figures}: last is the mean of the last three evaluations, area that of all of them."""
     out = {}
-    base = record["arms"]["GiGPO"]["held_out"]
     last = lambda x: x[:, -3:].mean(1)  # noqa: E731
     mean = lambda x: x.mean(-1)  # noqa: E731
     for name, arm in record["arms"].items():
@@ -58,8 +57,6 @@ def summary(record: dict, study: agents_network.Study) -> dict:
         out[name] = {
             "last": interval(last(held)),
             "area": interval(held.mean(1)),
-            "last minus GiGPO": interval(last(held) - last(base), mean),
-            "area minus GiGPO": interval(held.mean(1) - base.mean(1), mean),
             "iterations to 50%": float(np.nanmedian(reach)) if np.isfinite(reach).any() else None,
             "seeds that reach 50%": int(np.isfinite(reach).sum()),
             "u of failures, first and last 10": [
@@ -71,6 +68,10 @@ def summary(record: dict, study: agents_network.Study) -> dict:
             "tasks all failed": float(arm["all_failed"].mean()),
             "invalid": float(arm["invalid"][:, -10:].mean()),
         }
+        for other in ("GiGPO", "GRPO"):
+            base = record["arms"][other]["held_out"]
+            pairs = {"last": last(held) - last(base), "area": held.mean(1) - base.mean(1)}
+            out[name] |= {f"{k} minus {other}": interval(x, mean) for k, x in pairs.items()}
     return out
 
 
@@ -109,10 +110,12 @@ def markdown(r: dict) -> str:
         *table(["arm", "last", "area", "last minus GiGPO", "iterations to 50%"], rows),
     ]
     lines += ["What the figures say:", ""]
-    for name, a in found.items():
-        if name != "GiGPO":
-            said = [verdict(a[f"{what} minus GiGPO"], what) for what in ("last", "area")]
-            lines += [f"* {name} against GiGPO: {'; '.join(said)}."]
+    for name, other in [(name, "GiGPO") for name in found] + [("SELAUR", "GRPO")]:
+        if name != other and name in found:
+            said = [
+                verdict(found[name][f"{what} minus {other}"], what) for what in ("last", "area")
+            ]
+            lines += [f"* {name} against {other}: {'; '.join(said)}."]
     rows = [
         [name, *(f"{x:.3f}" for x in a["u of failures, first and last 10"])]
         + [f"{a['gate open']:.2f}", f"{a['first open']:.0f}", f"{a['anchor group']:.2f}"]
