@@ -7,6 +7,7 @@ one program. Protocol: note on SELAUR (arXiv 2602.21158), sections 5 and 8.
 """
 
 import dataclasses
+import functools
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -214,15 +215,24 @@ def watched(rows: dict, got: rl.AgentAdvantage, study: Study) -> dict:
     }
 
 
-def train(arm: AgentConfig, params, key, study: Study) -> dict:
-    """Learning curves of one arm from a warm start: of iterations, and "held_out" of evaluations."""
-    reference, adam = params, optax.adam(study.lr)
+def advantage(rows: dict, arm, arms: tuple[AgentConfig, ...]) -> rl.AgentAdvantage:
+    """That of arm number `arm`, traced: all are worked out and one is taken, so that arms can be a batch."""
+    every = [rl.selaur_advantage(rows, config) for config in arms]
+    return jax.tree.map(lambda *x: jnp.stack(x)[arm], *every)
+
+
+def block(carry, arm, key, study: Study, arms: tuple[AgentConfig, ...]):
+    """`study.eval_every` iterations of one arm: (carry, curves of iterations, held-out success).
+
+    carry: parameters, state of Adam, parameters that the KL looks back to.
+    """
+    adam = optax.adam(study.lr)
 
     def iteration(carry, key):
-        params, opt = carry
+        params, opt, reference = carry
         steps = many(params, study, key, study.tasks, study.samples)
         rows = rows_of(steps, study)
-        got = rl.selaur_advantage(rows, arm)
+        got = advantage(rows, arm, arms)
         flat = lambda x: x.reshape(-1, x.shape[-1])  # noqa: E731
         seen, action = flat(steps.seen), flat(steps.action)
         batch = {
@@ -236,19 +246,11 @@ def train(arm: AgentConfig, params, key, study: Study) -> dict:
             updates, opt = adam.update(jax.grad(loss)(params), opt)
             return (optax.apply_updates(params, updates), opt), None
 
-        carry, _ = jax.lax.scan(update, (params, opt), length=study.epochs)
-        return carry, watched(rows, got, study)
+        (params, opt), _ = jax.lax.scan(update, (params, opt), length=study.epochs)
+        return (params, opt, reference), watched(rows, got, study)
 
-    def block(carry, keys):
-        carry, curve = jax.lax.scan(iteration, carry, keys)
-        return carry, (curve, held_out(carry[0], study))
-
-    carry = (params, adam.init(params))
-    blocks = study.iterations // study.eval_every
-    keys = jax.random.split(key, (blocks, study.eval_every))
-    _, (curve, tests) = jax.lax.scan(block, carry, keys)
-    curve = jax.tree.map(lambda x: x.reshape(-1), curve)
-    return curve | {"held_out": tests}
+    carry, curves = jax.lax.scan(iteration, carry, jax.random.split(key, study.eval_every))
+    return carry, curves | {"held_out": held_out(carry[0], study)[None]}
 
 
 def held_out(params, study: Study):
@@ -261,15 +263,22 @@ def held_out(params, study: Study):
 
 
 def run(seeds: int, study: Study = Study(), arms: dict[str, AgentConfig] = ARMS) -> Iterator[dict]:
-    """{"start": held-out success [seeds], "arms": {name: curves [seeds, ...]}} with one more arm each time.
+    """{"start": held-out success [seeds], "arms": {name: curves [seeds, ...]}}, longer each time.
 
-    An arm is one program; all have the same warm starts, houses and keys.
+    All arms and seeds are one program; arms have the same warm starts, houses and keys.
     """
     keys = jax.random.split(jax.random.key(0), (seeds, 2))
     params = jax.jit(jax.vmap(lambda key: warm_start(key, study)))(keys[:, 0])
     start = jax.jit(jax.vmap(lambda params: held_out(params, study)))(params)
-    record = {"start": np.asarray(start), "arms": {}}
-    for name, arm in arms.items():
-        fit = jax.vmap(lambda params, key, arm=arm: train(arm, params, key, study))
-        record["arms"][name] = jax.tree.map(np.asarray, jax.jit(fit)(params, keys[:, 1]))
-        yield record
+    each = functools.partial(block, study=study, arms=tuple(arms.values()))
+    step = jax.jit(jax.vmap(jax.vmap(each, (0, None, 0)), (0, 0, None)), donate_argnums=0)
+    carry = (params, jax.vmap(optax.adam(study.lr).init)(params), params)
+    repeat = lambda x: jnp.repeat(x[None], len(arms), 0)  # noqa: E731
+    carry, curves = jax.tree.map(repeat, carry), []
+    for i in range(study.iterations // study.eval_every):
+        now = jax.vmap(jax.random.fold_in, (0, None))(keys[:, 1], i)
+        carry, found = step(carry, jnp.arange(len(arms)), now)
+        curves.append(jax.device_get(found))
+        whole = {name: np.concatenate([c[name] for c in curves], 2) for name in curves[0]}
+        named = {name: {n: x[j] for n, x in whole.items()} for j, name in enumerate(arms)}
+        yield {"start": np.asarray(start), "arms": named}

@@ -147,7 +147,7 @@ def steps_of(played: Played, source: Agents) -> dict[str, np.ndarray]:
         "group": group,
         "traj": each(np.arange(n)),
         "t": np.tile(np.arange(t), n),
-        "anchor": rl.anchor_ids(seen.reshape(-1).tolist(), group),
+        "anchor": rl.anchor_ids(seen.reshape(-1).tolist(), group.tolist()),
         "success": each(won).astype(np.float32),
         "reward": flat(reward),
         "score": each(reward.sum(1)) - flat(penalty),

@@ -11,6 +11,7 @@ import jax
 import numpy as np
 
 from train.data.reason import Reason
+from train.data.tokenizers import TokenRows
 from train.evaluate import Scene
 from train.feed import global_batch
 from train.folders import starting_parameters
@@ -21,7 +22,7 @@ ROWS = ("mask", "logp_old", "logp_sampler", "logp_ref")  # float32 [rows, tokens
 COLUMNS = ("adv", "adv_reference", "informative", "reward", "length")  # float32 [rows]
 
 
-class Sampled:
+class Sampled(TokenRows):
     """What sources that sample from the current parameters share."""
 
     samples: int
