@@ -98,7 +98,7 @@ def markdown(r: dict) -> str:
         f"{described(r)}. {r['seeds']} seeds, {r['seconds']:.0f} s in all.",
         "",
         f"Houses of {s['house']['rooms']} rooms, {s['house']['receptacles']} receptacles, "
-        f"{s['house']['objects']} objects; goals plain, clean, hot, cold; {s['horizon']} actions, of "
+        f"{s['house']['objects']} objects; goals in {1 + s['house']['conditions']} conditions; {s['horizon']} actions, of "
         f"{r['actions']} pairs of verb and noun. A network of width {s['width']}, warm-started by "
         f"{s['warm']} supervised steps to {100 * r['start']:.0f}% held-out success; {s['tasks']} houses "
         f"x {s['samples']} episodes an iteration, {s['iterations']} iterations, {s['epochs']} updates of "
@@ -156,7 +156,7 @@ def plot(record: dict, study: agents_network.Study, file: Path) -> None:
 def main() -> None:
     """Runs the study."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seeds", type=int, default=12)
+    parser.add_argument("--seeds", type=int, default=10)
     parser.add_argument("--iterations", type=int, default=agents_network.Study.iterations)
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
     args = parser.parse_args()
@@ -164,8 +164,10 @@ def main() -> None:
     begin = time.perf_counter()
     for record in agents_network.run(args.seeds, study):
         done = record["arms"]["GiGPO"]["success"].shape[1]
-        print(f"{done} iterations, {time.perf_counter() - begin:.0f} s", flush=True)
-    write(record, study, args.seeds, time.perf_counter() - begin, args.out)
+        seconds = time.perf_counter() - begin
+        print(f"{done} iterations, {seconds:.0f} s", file=sys.stderr, flush=True)
+        if done % 50 == 0:
+            write(record, study, args.seeds, seconds, args.out)
 
 
 def write(record: dict, study: agents_network.Study, seeds: int, seconds: float, out: Path) -> None:

@@ -27,15 +27,15 @@ PENALTY = 0.1  # of an action that is not admissible
 class Study:
     """Sizes; the defaults are the study's, tests take less."""
 
-    house: envs.HouseConfig = envs.HouseConfig()
-    horizon: int = 20
+    house: envs.HouseConfig = envs.HouseConfig(rooms=2, receptacles=5, objects=3, conditions=1)
+    horizon: int = 16
     width: int = 64
-    warm: int = 275  # supervised steps
+    warm: int = 350  # supervised steps
     tasks: int = 16
     samples: int = 8
-    iterations: int = 150
+    iterations: int = 300
     epochs: int = 2
-    lr: float = 1e-3
+    lr: float = 3e-3
     eval_every: int = 10
     eval_tasks: int = 128
     eval_temperature: float = 0.4
