@@ -56,7 +56,7 @@ def scene_of(run):
 
 
 def test_a_house_of_texts_is_the_house_of_arrays():
-    world = TextHouse(HouseConfig(2, 4, 2, 3), horizon=12)
+    world = TextHouse(HouseConfig(2, 4, 2, 3), horizon=16)
     environment, words = world.make(), set(world.words())
     for seed in range(4):
         turn, steps = begin(environment, seed), 0
@@ -70,9 +70,9 @@ def test_a_house_of_texts_is_the_house_of_arrays():
             assert turn.valid
         assert turn.won and turn.reward == 10 and steps <= 11
     turn = begin(environment, 2**40)  # held-out seeds are large
-    for i in range(12):
+    for i in range(16):
         turn = act(environment, "dance", turn)
-        assert turn.done == (i == 11) and not turn.won
+        assert turn.done == (i == 15) and not turn.won
 
 
 def test_any_environment_with_reset_and_step_is_a_world():
