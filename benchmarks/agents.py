@@ -100,9 +100,10 @@ def markdown(r: dict) -> str:
         f"Houses of {s['house']['rooms']} rooms, {s['house']['receptacles']} receptacles, "
         f"{s['house']['objects']} objects; goals in {1 + s['house']['conditions']} conditions; "
         f"{s['horizon']} actions, of {r['actions']} pairs of verb and noun. A network of width "
-        f"{s['width']}, warm-started by {s['warm']} supervised steps to {100 * r['start']:.0f}% held-out success; {s['tasks']} houses "
-        f"x {s['samples']} episodes an iteration, {s['iterations']} iterations, {s['epochs']} updates of "
-        f"Adam({s['lr']:g}) with PPO-clip 0.2 and 0.01 KL (k3) each; mean_norm. Held-out success: "
+        f"{s['width']}, warm-started by {s['warm']} supervised steps to {100 * r['start']:.0f}% "
+        f"held-out success; {s['tasks']} houses x {s['samples']} episodes an iteration, "
+        f"{s['iterations']} iterations, {s['epochs']} updates of Adam({s['lr']:g}) with PPO-clip 0.2 and "
+        "0.01 KL (k3) each; mean_norm. Held-out success: "
         f"{s['eval_tasks']} other houses at temperature {s['eval_temperature']:g}.",
         "",
         "Interquartile mean over seeds with a 95% bootstrap interval; differences are paired by seed "
