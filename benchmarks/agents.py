@@ -102,7 +102,7 @@ def markdown(r: dict) -> str:
         f"{s['horizon']} actions, of {r['actions']} pairs of verb and noun. A network of width "
         f"{s['width']}, warm-started by {s['warm']} supervised steps to {100 * r['start']:.0f}% "
         f"held-out success; {s['tasks']} houses x {s['samples']} episodes an iteration, "
-        f"{s['iterations']} iterations, {s['epochs']} updates of Adam({s['lr']:g}) with PPO-clip 0.2 and "
+        f"{r['iterations']} iterations, {s['epochs']} updates of Adam({s['lr']:g}) with PPO-clip 0.2 and "
         "0.01 KL (k3) each; mean_norm. Held-out success: "
         f"{s['eval_tasks']} other houses at temperature {s['eval_temperature']:g}.",
         "",
@@ -134,7 +134,8 @@ def plot(record: dict, study: agents_network.Study, file: Path) -> None:
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(1, 3, figsize=(15, 4), layout="constrained")
-    at = np.arange(1, study.iterations // study.eval_every + 1) * study.eval_every
+    done = record["arms"]["GiGPO"]["held_out"].shape[1]
+    at = np.arange(1, done + 1) * study.eval_every
     for axis, names, title in (
         (axes[0], MAIN, "held-out success"),
         (axes[1], [n for n in record["arms"] if n not in ("GRPO", "SELAUR")], "other settings"),
@@ -180,6 +181,7 @@ def write(record: dict, study: agents_network.Study, seeds: int, seconds: float,
     r = environment() | {
         "seeds": seeds,
         "seconds": seconds,
+        "iterations": len(record["arms"]["GiGPO"]["success"][0]),
         "study": dataclasses.asdict(study),
         "actions": len(VERBS) * len(study.house.nouns),
         "start": float(record["start"].mean()),
