@@ -34,8 +34,8 @@ from train.rollout.success import Success
 from train.run import Run
 
 ROOT = Path(__file__).parent.parent
-MODEL = DecoderConfig(vocab=64, layers=1, d_model=16, heads=2, kv_heads=2, head_dim=8, mlp=16)
-SOURCE = Agents(world=Counter(), turns=4, observation=8, new=2, length=36, samples=4)  # type: ignore[arg-type]
+MODEL = DecoderConfig(vocab=12, layers=1, d_model=16, heads=2, kv_heads=2, head_dim=8, mlp=16)
+SOURCE = Agents(world=Counter(), turns=4, observation=8, new=1, length=36, samples=4)  # type: ignore[arg-type]
 
 
 def small(**changes) -> Run:
@@ -165,7 +165,8 @@ def test_shown_episodes_teach_the_expert_and_not_the_strays():
 def test_turns_read_into_the_state_are_the_whole_row_at_once(pattern):
     """What decoding thought of its tokens, turn by turn, is what a pass over the row thinks."""
     model = dataclasses.replace(MODEL, layers=len(pattern), pattern=pattern)
-    scene, program = scene_of(small(model=model))
+    source = dataclasses.replace(SOURCE, new=2)
+    scene, program = scene_of(small(model=model, source=source))
     with jax.set_mesh(program.mesh):
         params = program.init().params
         player = Player(scene, 3, 4, "train", 1.0)
@@ -216,7 +217,7 @@ def test_steps_and_their_advantages_are_those_of_the_texts():
         collector._player.play = lambda *_: played
         batch = collector._collect(0, params)
     steps = steps_of(played, source)
-    assert steps["mask"].shape == (64, 2) and steps["mask"].sum() == batch["mask"].sum()
+    assert steps["mask"].shape == (64, 1) and steps["mask"].sum() == batch["mask"].sum()
     won = [s[-1].turn.won for s in played.steps]
     assert 0 < sum(won) < 16
     scores, returns = {}, {}
@@ -255,6 +256,7 @@ def test_steps_and_their_advantages_are_those_of_the_texts():
         (dict(temperature=0.5), "must equal"),
         (dict(world=Imported("text_worlds:counter")), "no fixed vocabulary"),
         (dict(world=TextHouse(horizon=0)), "source.world.horizon=0"),
+        (dict(world=TextHouse()), "language model of 34 or more"),
         (dict(reference=True), "kl_coef"),
     ],
 )

@@ -15,7 +15,7 @@ class Counter:
         pass
 
     def words(self):
-        return ("up", "stay", "at", "of", *map(str, range(10)))
+        return ("up", "stay", "at", "of", *map(str, range(self.most + 1)))
 
     def make(self):
         return CounterEnv(self)
