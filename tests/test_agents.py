@@ -249,7 +249,7 @@ def test_steps_and_their_advantages_are_those_of_the_texts():
     "source, message",
     [
         (dict(turns=0), "source.turns=0"),
-        (dict(length=9), "source.length=9"),
+        (dict(length=8), "source.length=8"),
         (dict(samples=3), "not divisible by source.samples=3"),
         (dict(workers=-1), "source.workers=-1"),
         (dict(penalty=-1.0), "source.penalty=-1.0"),
