@@ -62,7 +62,7 @@ class Workers:
 
     Slots with no order are left as they are. A process that dies is started anew and its episodes
     are played again, as they are deterministic; RuntimeError if it dies of the same orders again, and for
-    what an environment raises.
+    what an environment raises. They end with `close`, with this object or with this process.
     """
 
     def __init__(self, world: World, slots: int, processes: int):

@@ -187,7 +187,3 @@ class Player:
         """The same with logp_old, raw_logp, raw_logp2 and, given `reference`, logp_ref."""
         scored = jax.device_get(self._score(params, reference, played.rows))
         return played._replace(rows=played.rows | scored)
-
-    def close(self) -> None:
-        """Ends the processes of the environments."""
-        self._workers.close()
