@@ -314,8 +314,8 @@ def test_a_kill_amid_episodes_changes_nothing(tmp_path):
     words = "layers=1 d_model=16 heads=2 kv_heads=2 head_dim=8 mlp=16".split()
     words = [f"model.{word}" for word in words] + ["start=", "source.reference=false"]
     words += ["objective.loss.kl_coef=0", "objective.loss.entropy_coef=0.1", "optimizer.lr=0.01"]
-    words += ["source.world.house.objects=1", "source.world.house.receptacles=2"]
-    words += ["source.world.house.conditions=0", "source.world.house.rooms=1"]
+    words += ["source.world.house.conditions=0", "source.world.house.objects=1"]
+    words += ["source.world.house.receptacles=2", "source.world.house.rooms=1"]
     words += ["source.turns=4", "source.length=200", "source.samples=4", "source.workers=2"]
     words += ["batch=16", "save_every=2", "eval_every=0", "evaluators.0.tasks=2", "steps=12"]
     words += ["source.lag=1", "log_every=1", "--quiet"]
