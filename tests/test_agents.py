@@ -29,6 +29,7 @@ from train.optimizer import Optimizer
 from train.policy import Policy
 from train.rollout.agents import Agents, steps_of
 from train.rollout.episodes import Player, Row
+from train.rollout.plot import plot_policy
 from train.rollout.shown import Shown
 from train.rollout.success import Success
 from train.run import Run
@@ -275,6 +276,7 @@ def test_a_run_of_agents_logs_steps_and_success(tmp_path):
     assert all(1 <= x <= 4 for x in get("steps")) and all(0 <= x <= 1 for x in get("invalid"))
     assert all(x > 0 for x in get("uncertainty")) and all(x >= 1 for x in get("anchors"))
     assert max(get("grad_norm")) > 0
+    assert plot_policy(tmp_path / "a") == tmp_path / "a" / "policy.png"
 
 
 # ---- whole runs ----
