@@ -30,7 +30,7 @@ def plot_policy(folder: Path) -> Path | None:
         error = series(rows, "eval", f"{name}_ci95")[1]
         middle.errorbar(at, mean, error, marker="o", capsize=3, label=name.partition("/")[2])
     middle.set(xlabel="step", ylabel="held out, 95% interval", ylim=(0, 1))
-    _agent(right, rows) if "valid/success" in names else _interference(right, rows)
+    (_agent if "valid/success" in names else _interference)(right, rows)
     for axes in (left, middle, right):
         axes.grid(alpha=0.3)
         if axes.get_legend_handles_labels()[0]:
