@@ -21,6 +21,7 @@ from sharding.mesh import MeshShape
 from train import trainer
 from train.data.tokenizers import Words
 from train.envs.environment import Imported, act, begin
+from train.envs.games import Games
 from train.envs.house import TextHouse
 from train.envs.workers import Workers
 from train.evaluate import Scene
@@ -113,6 +114,25 @@ def test_processes_do_what_one_does_and_one_that_dies_is_replaced():
         workers.close()
     assert found[0] == found[1]
     assert not found[0][2][1].valid and found[0][2][4].won
+
+
+def test_games_of_textworld_are_worlds(tmp_path):
+    pytest.importorskip("textworld")
+    world = Games(level=2, games=1, horizon=3, folder=str(tmp_path))
+    world.check()
+    environment = world.make()
+    turn = begin(environment, 0)
+    while not turn.done:
+        assert turn.expert in turn.admissible or turn.expert == "take coin"
+        turn = act(environment, turn.expert, turn)
+    assert turn.won and len(list(tmp_path.glob("*.z8"))) == 1
+    assert begin(world.make(), 5) == begin(environment, 0)
+
+
+@pytest.mark.parametrize("field", ["level", "horizon", "games"])
+def test_games_that_cannot_be(field):
+    with pytest.raises(ValueError, match=f"source.world.{field}=-1"):
+        Games(**{field: -1}).check()
 
 
 # ---- rows ----

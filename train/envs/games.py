@@ -1,8 +1,7 @@
-"""TextWorld's games as worlds (https://github.com/microsoft/TextWorld, `pip install textworld`).
+"""TextWorld's games as worlds (https://github.com/microsoft/TextWorld, extra `games`).
 
-A game is made from its seed and kept as a file; the engine, its texts and its plan for the expert are
-TextWorld's own. The package compiles an interpreter of its own on installation and is no extra of
-this project.
+A game is made from its seed, in some seconds, and kept as a file; the engine, its texts and its plan for the
+expert are TextWorld's own.
 """
 
 import dataclasses
@@ -19,6 +18,7 @@ class Games:
         Literal["coin_collector", "treasure_hunter"], "which of TextWorld's challenges"
     ] = "coin_collector"
     level: Annotated[int, "its difficulty, from 1"] = 2
+    games: Annotated[int, "different games, of which the seed takes one; 0: one a seed"] = 0
     horizon: Annotated[int, "actions after which an episode ends"] = 20
     folder: Annotated[str, "where games are kept; '': the system's folder of temporary files"] = ""
 
@@ -27,6 +27,8 @@ class Games:
         for name in ("level", "horizon"):
             if getattr(self, name) < 1:
                 raise ValueError(f"source.world.{name}={getattr(self, name)} must be at least 1")
+        if self.games < 0:
+            raise ValueError(f"source.world.games={self.games} must be at least 0")
         _textworld()
 
     def words(self) -> tuple[str, ...]:
@@ -44,7 +46,7 @@ def _textworld() -> Any:
         import textworld.challenges  # pyright: ignore[reportMissingImports]
         import textworld.generator  # pyright: ignore[reportMissingImports]
     except ImportError as error:
-        raise ImportError("source.world=Games needs: pip install textworld") from error
+        raise ImportError("source.world=Games needs: pip install 'jaxlab[games]'") from error
     return textworld
 
 
@@ -68,7 +70,7 @@ class GameEnv:
             won=True,
             policy_commands=True,
         )
-        self._game = self._textworld.start(self._file(seed % 2**31), infos)
+        self._game = self._textworld.start(self._file(seed % (self._config.games or 2**31)), infos)
         self._steps, self._state = 0, self._game.reset()
         return self._say(self._state, self._state.description)
 
@@ -91,7 +93,7 @@ class GameEnv:
         path = self._folder / f"{c.challenge}-{c.level}-{seed}.z8"
         if not path.is_file():
             options = self._textworld.GameOptions()
-            options.seeds, options.path = seed, str(path)
+            options.seeds = seed
             # A file appears whole: another process may be making the same game.
             with tempfile.TemporaryDirectory(dir=self._made(self._folder)) as folder:
                 options.path = str(Path(folder) / path.name)

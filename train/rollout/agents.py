@@ -12,6 +12,7 @@ from jaxlab import rl
 from jaxlab.rl import AgentConfig
 from train.data.tokenizers import Tokenizer, TokenRows, Words, load_tokenizer
 from train.envs.environment import Imported
+from train.envs.games import Games
 from train.envs.house import TextHouse
 from train.evaluate import Scene
 from train.folders import starting_parameters
@@ -26,7 +27,7 @@ COLUMNS = ("reward", "length", "informative", "steps", "invalid", "uncertainty",
 class Conversations(TokenRows):
     """Episodes of an environment of texts, one a row."""
 
-    world: TextHouse | Imported = TextHouse()
+    world: TextHouse | Games | Imported = TextHouse()
     tokenizer: Annotated[str, "'words' of the world, 'bytes', a tokenizer.json or its folder"] = (
         "words"
     )
