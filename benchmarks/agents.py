@@ -110,7 +110,11 @@ def markdown(r: dict) -> str:
         "(mean). last: mean of the last three evaluations; area: of all of them; in brackets, seeds.",
         *table(["arm", "last", "area", "last minus GiGPO", "iterations to 50%"], rows),
     ]
-    lines += ["What the figures say:", ""]
+    lines += [
+        "What the figures say; the bootstrap of so few seeds is a little narrow, and nothing is corrected "
+        f"for the {2 * len(found)} comparisons, so an interval that barely leaves 0 says little:",
+        "",
+    ]
     for name, other in [(name, "GiGPO") for name in found] + [("SELAUR", "GRPO")]:
         if name != other and name in found:
             said = [
