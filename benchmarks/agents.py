@@ -134,29 +134,25 @@ def markdown(r: dict) -> str:
 
 
 def plot(record: dict, study: agents_network.Study, file: Path) -> None:
-    """Held-out success over iterations, interquartile means with 95% intervals; uncertainty of failures."""
+    """Held-out success over iterations, interquartile means with 95% intervals over seeds."""
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, 3, figsize=(15, 4), layout="constrained")
-    done = record["arms"]["GiGPO"]["held_out"].shape[1]
-    at = np.arange(1, done + 1) * study.eval_every
-    for axis, names, title in (
-        (axes[0], MAIN, "held-out success"),
-        (axes[1], [n for n in record["arms"] if n not in ("GRPO", "SELAUR")], "other settings"),
-    ):
-        for name in (n for n in names if n in record["arms"]):
-            held = record["arms"][name]["held_out"]
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    arms = {name: np.asarray(arm["held_out"]) for name, arm in record["arms"].items()}
+    others = [name for name in arms if name not in ("GRPO", "SELAUR")]
+    for axis, names in zip(axes, (MAIN, others), strict=True):
+        for i, (name, held) in enumerate(arms.items()):
+            if name not in names:
+                continue
+            at = np.arange(1, held.shape[1] + 1) * study.eval_every
             bands = np.array([interval(column, draws=1000) for column in held.T])
-            axis.plot(at, bands[:, 0], label=name)
-            axis.fill_between(at, bands[:, 1], bands[:, 2], alpha=0.2)
-        axis.set(xlabel="iterations", title=title, ylim=(0, 1))
+            axis.plot(at, bands[:, 0], label=name, color=f"C{i}")
+            axis.fill_between(at, bands[:, 1], bands[:, 2], alpha=0.15, color=f"C{i}")
+        axis.set(xlabel="iterations", ylabel="held-out success", ylim=(0, 1))
         axis.legend(fontsize=8, loc="lower right")
-    for name, arm in record["arms"].items():
-        axes[2].plot(np.nanmean(arm["u_failed"], 0), label=name, lw=1)
-    axes[2].set(xlabel="iterations", title="uncertainty of failed episodes")
-    for axis in axes:
         axis.grid(alpha=0.3)
     figure.savefig(file, dpi=110)
+    plt.close(figure)
 
 
 def main() -> None:
