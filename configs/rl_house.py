@@ -6,6 +6,7 @@ Launch:   jaxlab train sft_house; jaxlab train rl_house
 Expected: see docs/rl.md
 """
 
+from configs.sft_house import EPISODE
 from configs.sft_house import run as supervised
 from jaxlab.rl import RLConfig
 from train.optimizer import Optimizer
@@ -20,7 +21,7 @@ def run() -> Run:
     return Run(
         model=supervised().model,
         objective=Policy(RLConfig(kl_coef=0.01)),
-        source=Agents(reference=True),
+        source=Agents(**EPISODE, reference=True),
         evaluators=(Success(),),
         optimizer=Optimizer(lr=1e-3, schedule="constant", warmup=5, weight_decay=0.0),
         start="runs/sft_house",

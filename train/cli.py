@@ -230,7 +230,6 @@ def sample(args: argparse.Namespace, presets: Mapping[str, Preset]) -> int:
 
     from models.decoder import unroll
     from models.lora import merged
-    from train.data.tokenizers import load_tokenizer
     from train.report import print_rows
     from train.writer import Writer
 
@@ -238,7 +237,7 @@ def sample(args: argparse.Namespace, presets: Mapping[str, Preset]) -> int:
         model, params = merged(run.model, params)
         module, params = unroll(model.build(program.mesh.devices.flat[0].platform), params)
         writer = Writer(
-            module, load_tokenizer(run.source.tokenizer), prompts, tokens=args.tokens,
+            module, run.source.make_tokenizer(), prompts, tokens=args.tokens,
             samples=args.n, sampling=sampling, stop=args.stop, ends=end_tokens(args.run), piece=8,
         )  # fmt: skip
         print_rows(prompts, args.n, writer.write(params, jax.random.key(args.seed)))

@@ -215,7 +215,7 @@ def _next(run: Run, folder: Path, config: str, assignments: list[str]) -> list[s
     denoises = hasattr(run.objective, "prior")  # whole rows, without a prompt
     if denoises:
         lines.append(f"sample {there} --views 4")
-    elif hasattr(run.source, "tokenizer"):
+    elif getattr(run.source, "tokenizer", "words") != "words":
         prompt = (
             "The for statement" if "builtin:pydoc" in getattr(run.source, "files", ()) else "The"
         )

@@ -163,4 +163,8 @@ class TokenRows:
         file = tokenizer_file(self.tokenizer)
         if file is not None and not file.is_file():
             return None
-        return load_tokenizer(self.tokenizer).vocab_size
+        return self.make_tokenizer().vocab_size
+
+    def make_tokenizer(self) -> Tokenizer:
+        """The tokenizer of the name; FileNotFoundError if there is none."""
+        return load_tokenizer(self.tokenizer)

@@ -10,7 +10,7 @@ import numpy as np
 
 from jaxlab import rl
 from jaxlab.rl import AgentConfig
-from train.data.tokenizers import Tokenizer, TokenRows, Words, load_tokenizer
+from train.data.tokenizers import Tokenizer, TokenRows, Words
 from train.envs.environment import Imported
 from train.envs.games import Games
 from train.envs.house import TextHouse
@@ -51,7 +51,7 @@ class Conversations(TokenRows):
     def make_tokenizer(self) -> Tokenizer:
         """The tokenizer; ValueError for the words of a world without a fixed few."""
         if self.tokenizer != "words":
-            return load_tokenizer(self.tokenizer)
+            return super().make_tokenizer()
         if not (words := self.world.words()):
             raise ValueError(
                 f"source.tokenizer='words': {type(self.world).__name__} has no fixed vocabulary; use "
