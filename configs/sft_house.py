@@ -18,7 +18,7 @@ from train.run import Run
 
 # A house and an episode of at most 16 actions; the row has room for them.
 WORLD = TextHouse(HouseConfig(rooms=2, receptacles=5, objects=3, conditions=1), horizon=16)
-EPISODE: dict[str, Any] = {"world": WORLD, "turns": 16, "length": 448}
+EPISODE: dict[str, Any] = {"world": WORLD, "turns": 16, "length": 512}
 
 
 def run() -> Run:
