@@ -116,6 +116,7 @@ def test_processes_do_what_one_does_and_one_that_dies_is_replaced():
     assert not found[0][2][1].valid and found[0][2][4].won
 
 
+@pytest.mark.filterwarnings("ignore:Game .* is not fully supported")
 def test_games_of_textworld_are_worlds(tmp_path):
     pytest.importorskip("textworld")
     world = Games(level=2, games=1, horizon=3, folder=str(tmp_path))
