@@ -3,7 +3,7 @@
 Launch:   jaxlab train sft_house; jaxlab train rl_house
           jaxlab train rl_house source.advantage.transform=none                           (GiGPO)
           jaxlab train rl_house source.advantage.transform=none source.advantage.omega=0  (GRPO)
-Expected: see docs/rl.md
+Expected: not measured to the end; SELAUR, GiGPO and GRPO are compared by benchmarks/agents.py, see docs/rl.md
 """
 
 from configs.sft_house import EPISODE

@@ -1,7 +1,8 @@
 """Supervised start of agents in text-houses: a small word LM sees the oracle at work.
 
 Launch:   jaxlab train sft_house
-Expected: see docs/rl.md
+Expected: at steps=250 loss 0.28 and success 0.33 ± 0.12 on 64 held-out houses; 11 minutes on 2 busy cores;
+          400 steps were not measured
 """
 
 from typing import Any
