@@ -11,6 +11,7 @@ table and the plot are made of all rows. Needs the extra tpu-aot; a row takes on
 
 import argparse
 import datetime
+import importlib.metadata
 import json
 import os
 import time
@@ -43,12 +44,15 @@ def split(method: str) -> tuple[str, int | None]:
     return name, int(stage) if stage else None
 
 
+def ring_of(method: str) -> int:
+    """Devices of the ring: methods of two levels exchange heads over half of a slice."""
+    return 2 if split(method)[0] in TWO_LEVEL else 1
+
+
 def layer_step(devices: list, c: Any, tokens: int, method: str) -> tuple[Callable, tuple]:
     """Forward and backward of one layer of model `c` on `devices`, and its abstract arguments."""
     name, stage = split(method)
-    # Methods of two levels: half of the slice's devices exchange heads, the halves are a ring.
-    ring = 2 if name in TWO_LEVEL else 1
-    shape = np.array(devices).reshape(ring, -1)
+    shape = np.array(devices).reshape(ring_of(method), -1)
     mesh = Mesh(shape, ("ring", "context"), axis_types=(AxisType.Auto,) * 2)
 
     def placed(*shape, spec=()):
@@ -80,7 +84,7 @@ def row(topology: str, model: str, tokens: int, method: str) -> dict:
     step, args = layer_step(devices, c, tokens, method)
     begin = time.perf_counter()
     report = compile_report(jax.jit(step), args, topology=topology)
-    ring = 2 if name in TWO_LEVEL else 1
+    ring = ring_of(method)
     model_ = memory_model(
         name, seq_len=tokens, num_heads=c.heads, num_kv_heads=c.kv_heads, head_dim=c.head_dim,
         model_dim=c.d_model, context=len(devices) // ring, ring=ring, heads_per_stage=stage,
@@ -98,20 +102,26 @@ def row(topology: str, model: str, tokens: int, method: str) -> dict:
         "peak_bytes": memory and memory.peak_bytes,
         "argument_bytes": memory and memory.argument_bytes,
         "seconds": time.perf_counter() - begin,
+        "jax": jax.__version__,
+        "libtpu": importlib.metadata.version("libtpu"),
+        "date": str(datetime.date.today()),
     }
 
 
 def table(rows: list[dict], title: str) -> str:
     """Markdown."""
     lines = [f"# {title}", "", "GiB a device; T is one tensor of queries of one device.", ""]
-    lines += ["| tokens | method | fits | temporaries | in T | peak | formula, backward | T |"]
-    lines += ["|---|---|---|---|---|---|---|---|"]
+    names = "tokens,method,fits,temporaries,in T,peak,formula of the backward,T,compiled by".split(
+        ","
+    )
+    lines += [f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
     for r in sorted(rows, key=lambda r: (r["tokens"], r["method"])):
         gib = lambda name, r=r: f"{r[name] / GIB:.2f}" if r[name] else "-"  # noqa: E731
         fits = "yes" if r["fits"] else f"no: needs {r['needs_bytes'] / GIB:.1f}"
         in_t = f"{r['temp_bytes'] / r['unit_bytes']:.2f}" if r["temp_bytes"] else "-"
         cells = [f"{r['tokens']:,}", r["method"], fits, gib("temp_bytes"), in_t, gib("peak_bytes")]
         cells += [gib("paper_backward_bytes"), gib("unit_bytes")]
+        cells += [f"JAX {r['jax']}, libtpu {r['libtpu']}, {r['date']}"]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
@@ -151,10 +161,9 @@ def main() -> None:
             if any((r["tokens"], r["method"]) == (tokens, method) for r in record["rows"]):
                 continue
             record["rows"].append(row(args.topology, args.model, tokens, method))
-            record |= {"jax": jax.__version__, "date": str(datetime.date.today())}
             file.write_text(json.dumps(record, indent=1) + "\n")
             print(json.dumps(record["rows"][-1]), flush=True)
-    text = table(record["rows"], f"{title}, {record['date']}, JAX {record['jax']}")
+    text = table(record["rows"], title)
     file.with_suffix(".md").write_text(text)
     plot(record["rows"], title, file.with_suffix(".png"))
 

@@ -170,7 +170,7 @@ class Block(nn.Module):
             y, states[i] = mix.mix(y, positions, segment_ids, inv_freq, states[i])
             x = x + drop(y)
             tiles = c.mlp_tiles if states[i] is None else 1
-            x = x + drop(MLP(c, name=f"mlp_{i}")(norm(f"mlp_norm_{i}")(x), tiles))
+            x = x + drop(MLP(c, name=f"mlp_{i}")(x, norm(f"mlp_norm_{i}"), tiles))
         return x, tuple(states)
 
 

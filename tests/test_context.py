@@ -357,7 +357,7 @@ def test_the_mask_lets_a_ring_skip_and_rows_that_see_nothing_do_not_matter():
         (dict(core="flash"), "core='flash' must be one of"),
         (dict(method="ring", core=blockwise_attention), "'ring' has attention of its own"),
         (dict(stage_policy="all"), "stage_policy='all' must be one of"),
-        (dict(window=0), "window=0 must be at least 1"),
+        (dict(window=0), "window=0 must be an integer of at least 1"),
         (dict(positions=np.zeros((3, 16), int)), r"positions must be \(2, 16\)"),
         (dict(segment_ids=np.zeros((2, 4), int)), r"segment_ids must be \(2, 16\)"),
         (dict(method="upipe", heads_per_stage=6), "heads_per_stage=6 is not legal"),

@@ -56,7 +56,9 @@ def attention_layer(
     anything runs, for what cannot work. Source: UPipe (arXiv 2602.21196), sections 3 and 9.2 of the
     papers' note.
     """
-    x, wq, wk, wv, wo = (jnp.asarray(a) for a in (x, wq, wk, wv, wo))
+    x, wq, wk, wv, wo, segment_ids, inv_freq, q_norm, k_norm = _arrays(
+        x, wq, wk, wv, wo, segment_ids, inv_freq, q_norm, k_norm
+    )
     _check_weights(x, wq, wk, wv, wo, inv_freq, q_norm, k_norm)
     b, s, _ = x.shape
     (_, h, d), hk = wq.shape, wk.shape[1]
@@ -68,12 +70,20 @@ def attention_layer(
     )  # fmt: skip
     if positions is not None:
         positions = jnp.asarray(positions)
-        if positions.shape not in ((b, s), (1, s)):
-            raise ValueError(f"positions must be {(b, s)} or {(1, s)}, got {positions.shape}")
+        whole = jnp.issubdtype(positions.dtype, jnp.integer)
+        if positions.shape not in ((b, s), (1, s)) or not whole:
+            raise ValueError(
+                f"positions must be integers {(b, s)} or {(1, s)}, got {positions.dtype} "
+                f"{positions.shape}"
+            )
         positions = jnp.broadcast_to(positions, (b, s))
     weights = Weights(*(w.astype(x.dtype) for w in (wq, wk, wv, wo)))
     y = _traced(_layer, core)(plan, x, weights, positions, segment_ids, inv_freq, q_norm, k_norm)
     return checkpoint_name(y, "attn_y")
+
+
+def _arrays(*values):
+    return (None if value is None else jnp.asarray(value) for value in values)
 
 
 def _traced(function: Callable, core: str | Callable) -> Callable:
@@ -139,7 +149,7 @@ def context_attention(
             f"method={method!r} needs attention_layer: its saving comes from projecting heads "
             f"inside a stage; here use one of {[m for m in METHODS if m not in STAGED]}"
         )
-    q, k, v = (jnp.asarray(a) for a in (q, k, v))
+    q, k, v, segment_ids = _arrays(q, k, v, segment_ids)
     plan = make_plan(
         q, k, v, mesh, method, layout, core, "nothing", None, segment_ids,
         causal=causal, scale=scale, window=window, softcap=softcap,
