@@ -390,6 +390,10 @@ def test_the_mask_lets_a_ring_skip_and_rows_that_see_nothing_do_not_matter():
     got = run(inputs, dict(context=4), "ring", segment_ids=segments, causal=False)
     assert all(np.all(np.isfinite(x)) for x in got)
     assert_close(got, layer_oracle(*inputs, segment_ids=segments, causal=False), 1e-6)
+    # What is skipped is not computed: nothing of the last rank reaches the others.
+    poisoned = (inputs[0].at[:, 12:].set(jnp.nan), *inputs[1:])
+    y = run(poisoned, dict(context=4), "ring", segment_ids=segments, causal=False)[0]
+    assert_close([y[:, :12]], [got[0][:, :12]], 1e-6)
 
 
 # ---- what is refused ----

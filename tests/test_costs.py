@@ -153,7 +153,7 @@ COMPILED = [
     for name, model in (("llama3_8b", LLAMA), ("qwen3_32b", QWEN))
     for file in sorted(RESULTS.glob(f"context_memory_{name}_*.json"))
     for row in json.loads(file.read_text())["rows"]
-    if row["peak_bytes"]
+    if row["peak_bytes"] and row["method"].partition(":")[0] in ("ulysses", "upipe")
 ]
 
 
@@ -165,12 +165,20 @@ def test_the_compilers_peaks_are_within_a_tenth(geometry, row):
     model = memory_model(method, heads_per_stage=int(stage) if stage else None, **how)
     assert abs(model.backward_bytes / row["peak_bytes"] - 1) < 0.1
     if stage:
-        assert choose_heads_per_stage(model.backward_bytes, **how) == int(stage)
+        # Of the compiler's figure and the tenth that the model may be off.
+        assert choose_heads_per_stage(1.1 * row["peak_bytes"], **how) == int(stage)
 
 
-def test_another_accounting_is_an_error():
-    with pytest.raises(ValueError, match="accounting='tpu' must be 'paper' or 'xla'"):
+@pytest.mark.parametrize(
+    "accounting, message",
+    [
+        ("tpu", "accounting='tpu' must be 'paper' or 'xla'"),
+        ("xla", "is fitted for the methods ['ulysses', 'upipe'], not 'ring': use 'paper'"),
+    ],
+)
+def test_another_accounting_is_an_error(accounting, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
         memory_model(
             "ring", seq_len=64, num_heads=4, num_kv_heads=4, head_dim=2, model_dim=8, context=2,
-            accounting="tpu",
+            accounting=accounting,
         )  # fmt: skip
