@@ -1,6 +1,6 @@
 """Which of compute, memory and network bounds an attention layer on a sharded sequence, without compiling.
 
-    python benchmarks/context_roofline.py --topology v5p:2x2x2 --model llama3_8b --tokens 131072,1048576
+    python benchmarks/context_roofline.py --topology v5p:2x2x2 --model llama3_8b --tokens 1048576
 
 Forward and backward of one layer, output kept (policy 'attn_y'), bfloat16, batch 1. FLOPs and the bytes
 of collectives are counted in the traced program, every block of the causal mask included, so that compute
@@ -25,6 +25,8 @@ from context_memory import MODELS, layer_step, ring_of  # noqa: E402
 
 from sharding.flops import array_of, jaxpr_flops, live, repeats, sub_jaxprs  # noqa: E402
 from sharding.plan import count_collectives, topology_devices  # noqa: E402
+
+METHODS = "ulysses,usp,upipe:8,upipe:16,upipe:32,upipe_ring:8,ring,allgather"
 
 
 def product_bytes(jaxpr) -> int:
@@ -92,7 +94,7 @@ def main() -> None:
     parser.add_argument("--topology", default="v5p:2x2x2")
     parser.add_argument("--model", choices=MODELS, default="llama3_8b")
     parser.add_argument("--tokens", default="131072,1048576,3145728")
-    parser.add_argument("--methods", default="ulysses,upipe:8,upipe:16,upipe:32,ring,allgather")
+    parser.add_argument("--methods", default=METHODS)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     args = parser.parse_args()
     chip = parse_topology(args.topology).chip

@@ -5,7 +5,7 @@ Source: papers' note on UPipe, section 9.
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple, get_args
 
 import jax
 from jax.sharding import AxisType
@@ -14,10 +14,11 @@ from sharding.context.schedule import check_groups, check_heads, head_schedule, 
 from sharding.context.zigzag import check_zigzag, nearest_multiples
 from sharding.mesh import AXES
 
-METHODS = ("none", "ulysses", "upipe", "ring", "allgather", "usp", "upipe_ring")
-LAYOUTS = ("contiguous", "zigzag")
-CORES = ("auto", "dense", "blockwise", "splash", "cudnn")
-STAGE_POLICIES = ("nothing", "attn_out")
+Method = Literal["none", "ulysses", "upipe", "ring", "allgather", "usp", "upipe_ring"]
+Layout = Literal["contiguous", "zigzag"]
+Core = Literal["auto", "dense", "blockwise", "splash", "cudnn"]
+StagePolicy = Literal["nothing", "attn_out"]
+METHODS, LAYOUTS, CORES, STAGE_POLICIES = map(get_args, (Method, Layout, Core, StagePolicy))
 
 # Sequence shards become head shards over 'context'; those of them that do so in stages.
 BY_HEADS = ("ulysses", "upipe", "usp", "upipe_ring")
@@ -32,22 +33,18 @@ BALANCED = ("ring", "allgather", *TWO_LEVEL)
 class ContextConfig:
     """How attention works on a sharded sequence: keywords of `attention_layer`."""
 
-    method: Annotated[
-        Literal["none", "ulysses", "upipe", "ring", "allgather", "usp", "upipe_ring"],
-        "how tokens of other shards are seen; none: left to the compiler",
-    ] = "none"
+    method: Annotated[Method, "how tokens of other shards are seen; none: left to the compiler"] = (
+        "none"
+    )
     heads_per_stage: Annotated[
         int | None, "query heads at a time, upipe methods only; none: as few as possible"
     ] = None
-    layout: Annotated[
-        Literal["contiguous", "zigzag"], "order of tokens over devices; zigzag balances causal work"
-    ] = "contiguous"
-    core: Annotated[
-        Literal["auto", "dense", "blockwise", "splash", "cudnn"],
-        "attention of one device; auto: by its platform",
-    ] = "auto"
+    layout: Annotated[Layout, "order of tokens over devices; zigzag balances causal work"] = (
+        "contiguous"
+    )
+    core: Annotated[Core, "attention of one device; auto: by its platform"] = "auto"
     stage_policy: Annotated[
-        Literal["nothing", "attn_out"], "what a stage of an upipe method keeps for the backward"
+        StagePolicy, "what a stage of an upipe method keeps for the backward"
     ] = "nothing"
 
 
