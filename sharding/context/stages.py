@@ -61,7 +61,8 @@ class Exchange(NamedTuple):
         """All tokens of some heads."""
         if self.axis is None:
             return x
-        return jax.lax.all_to_all(x, self.axis, split_axis=2, concat_axis=1, tiled=True)
+        x = rearrange(x, "b s (c m) k -> c b s m k", c=jax.lax.axis_size(self.axis))
+        return rearrange(self._swap(x), "c b s m k -> b (c s) m k")
 
     def keys(self, x: Float[Array, "b s hk k"]) -> Float[Array, "b t m k"]:
         """`to_heads` of keys or values."""
@@ -71,7 +72,13 @@ class Exchange(NamedTuple):
         """Some tokens of all heads."""
         if self.axis is None:
             return x
-        return jax.lax.all_to_all(x, self.axis, split_axis=1, concat_axis=2, tiled=True)
+        x = rearrange(x, "b (c s) m k -> c b s m k", c=jax.lax.axis_size(self.axis))
+        return rearrange(self._swap(x), "c b s m k -> b s (c m) k")
+
+    def _swap(self, x):
+        # Parts lie one after the other: with a split between tokens and heads the TPU compiler makes
+        # copies in which a single head is padded to two.
+        return jax.lax.all_to_all(x, self.axis, split_axis=0, concat_axis=0, tiled=True)
 
 
 class Layer(NamedTuple):
