@@ -165,7 +165,7 @@ def _compiled(traced, report: CompileReport, begin: float, options, usage) -> Co
     try:
         compiled = traced.lower().compile(compiler_options=options)
     except jax.errors.JaxRuntimeError as error:
-        needs, limit = _out_of_memory(str(error))
+        needs, limit = out_of_memory(str(error))
         if not needs:
             raise
         return report._replace(
@@ -194,7 +194,7 @@ def _compiled(traced, report: CompileReport, begin: float, options, usage) -> Co
     )
 
 
-def _out_of_memory(message: str) -> tuple[float, float]:
+def out_of_memory(message: str) -> tuple[float, float]:
     """(bytes needed, bytes there) when a compiler error says that HBM is too small, else zeros."""
     size = r"\(?([\d.]+)([KMGT]?)\)?"
     units = dict(zip("KMGT", (2.0**10, 2.0**20, 2.0**30, 2.0**40), strict=True))

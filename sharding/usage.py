@@ -1,8 +1,8 @@
 """How a compiled TPU program fills its memory, from the report that the compiler writes on demand.
 
 The report is a protocol buffer without a published schema. What is read of it: the memories (field 1)
-with their size (1), colour (2; 0 is HBM) and allocations (3); of these the size (2) and a text (6) with
-a line for every place: its size, and the shapes of the values that take turns in it.
+with their size (1), colour (2; 0 is HBM, 5 the host's) and allocations (3); of these the size (2) and a
+text (6) with a line for every place: its size, and the shapes of the values that take turns in it.
 """
 
 import re
@@ -15,9 +15,12 @@ _LINE = re.compile(r"\s*[\d.]+\w+\([ \d]+%\);\s+([\d.]+)(\w+);\s+\d+;\s+\d+; (.*
 
 
 class Usage(NamedTuple):
-    """Bytes of HBM with arguments, and the largest places of the heap: (bytes, shapes in turn)."""
+    """Bytes of HBM with arguments and results, of the heap of temporaries in it, in the host's memory,
+    and the largest places of the heap: (bytes, shapes in turn)."""
 
     hbm_bytes: int
+    heap_bytes: int
+    host_bytes: int
     largest: tuple[tuple[int, str], ...]
 
 
@@ -37,11 +40,14 @@ def read_usage(folder: str | Path, most: int = 8) -> Usage | None:
 
 def _usage(data: bytes, most: int) -> Usage:
     memories = [_message(value) for number, value in _fields(data) if number == 1]
-    (hbm,) = (memory for memory in memories if memory.get(2, [0]) == [0])
+    by_colour = {memory.get(2, [0])[0]: memory for memory in memories}
+    hbm, host = by_colour[0], by_colour.get(5, {1: [0]})
     heap = max((_message(a) for a in hbm[3]), key=lambda a: a[2][0])
     lines = [_LINE.match(line) for text in heap.get(6, []) for line in _texts(text)]
     places = [(int(float(m[1]) * _UNITS[m[2]]), m[3].strip()) for m in lines if m]
-    return Usage(hbm[1][0], tuple(sorted(places, key=lambda place: -place[0])[:most]))
+    return Usage(
+        hbm[1][0], heap[2][0], host[1][0], tuple(sorted(places, key=lambda place: -place[0])[:most])
+    )
 
 
 def _texts(data: bytes) -> list[str]:
