@@ -8,7 +8,7 @@ text (6) with a line for every place: its size, and the shapes of the values tha
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 _UNITS = {"B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 _LINE = re.compile(r"\s*[\d.]+\w+\([ \d]+%\);\s+([\d.]+)(\w+);\s+\d+;\s+\d+; (.*)")
@@ -56,7 +56,7 @@ def _texts(data: bytes) -> list[str]:
     return data[start:].decode(errors="replace").splitlines() if start >= 0 else []
 
 
-def _message(data: bytes) -> dict[int, list]:
+def _message(data: Any) -> dict[int, list]:
     found: dict[int, list] = {}
     for number, value in _fields(data):
         found.setdefault(number, []).append(value)

@@ -56,9 +56,9 @@ def attention_layer(
     anything runs, for what cannot work. Source: UPipe (arXiv 2602.21196), sections 3 and 9.2 of the
     papers' note.
     """
-    x, wq, wk, wv, wo, segment_ids, inv_freq, q_norm, k_norm = _arrays(
-        x, wq, wk, wv, wo, segment_ids, inv_freq, q_norm, k_norm
-    )
+    x, wq, wk, wv, wo = (jnp.asarray(a) for a in (x, wq, wk, wv, wo))
+    given = (segment_ids, inv_freq, q_norm, k_norm)
+    segment_ids, inv_freq, q_norm, k_norm = (_array_or_none(a) for a in given)
     _check_weights(x, wq, wk, wv, wo, inv_freq, q_norm, k_norm)
     b, s, _ = x.shape
     (_, h, d), hk = wq.shape, wk.shape[1]
@@ -82,8 +82,8 @@ def attention_layer(
     return checkpoint_name(y, "attn_y")
 
 
-def _arrays(*values):
-    return (None if value is None else jnp.asarray(value) for value in values)
+def _array_or_none(value: Any) -> Any:
+    return None if value is None else jnp.asarray(value)
 
 
 def _traced(function: Callable, core: str | Callable) -> Callable:
@@ -149,7 +149,8 @@ def context_attention(
             f"method={method!r} needs attention_layer: its saving comes from projecting heads "
             f"inside a stage; here use one of {[m for m in METHODS if m not in STAGED]}"
         )
-    q, k, v, segment_ids = _arrays(q, k, v, segment_ids)
+    q, k, v = (jnp.asarray(a) for a in (q, k, v))
+    segment_ids = _array_or_none(segment_ids)
     plan = make_plan(
         q, k, v, mesh, method, layout, core, "nothing", None, segment_ids,
         causal=causal, scale=scale, window=window, softcap=softcap,
