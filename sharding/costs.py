@@ -94,9 +94,13 @@ def memory_model(
     weights = 2 * model_dim * (num_heads + num_kv_heads) * head_dim * dtype_bytes
     # x, its gradient, y and its gradient are as wide as the model, not as all heads together.
     wider = seq_len // (context * ring) * batch * model_dim * dtype_bytes - t
+    if schedule.heads_per_stage == num_heads:
+        method, backward = "ulysses", 8 + 12 * fk  # one stage is no stages
     backward += _XLA[method] * f
+    # Ulysses computes in the places of dx and y before they are made, as far as these are wide enough.
+    slack = 4 if method == "upipe" else -2.5
     return MemoryModel(
-        float(t), forward * t + wider + weights, backward * t + 4 * wider + 2 * weights
+        float(t), forward * t + wider + weights, backward * t + slack * wider + 2 * weights
     )
 
 

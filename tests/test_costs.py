@@ -165,8 +165,18 @@ def test_the_compilers_peaks_are_within_a_tenth(geometry, row):
     model = memory_model(method, heads_per_stage=int(stage) if stage else None, **how)
     assert abs(model.backward_bytes / row["needs_bytes"] - 1) < 0.1
     if stage:
-        # Of the compiler's figure and the tenth that the model may be off.
-        assert choose_heads_per_stage(1.1 * row["needs_bytes"], **how) == int(stage)
+        # A budget of the compiler's figure, and the tenth that the model may be off, takes this stage or
+        # a larger one; whichever is taken needs, by the compiler, at most another tenth.
+        budget = 1.1 * row["needs_bytes"]
+        chosen = choose_heads_per_stage(budget, **how)
+        assert chosen >= int(stage)
+        same = [
+            r["needs_bytes"]
+            for g, r in (c.values for c in COMPILED)
+            if (g, r["tokens"], r["method"]) == (geometry, row["tokens"], f"upipe:{chosen}")
+            and r["hbm_bytes"] == row["hbm_bytes"]
+        ]
+        assert all(needs <= 1.1 * budget for needs in same)
 
 
 @pytest.mark.parametrize(
