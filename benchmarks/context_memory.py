@@ -4,34 +4,34 @@
         --tokens 131072,262144 --methods ulysses,upipe:8,upipe:16,upipe:32,ring,allgather
 
 Projections, rotary positions, attention and output projection, forward and backward, bfloat16, batch 1,
-the output kept (policy 'attn_y'); each row is one program, compiled for the slice and never run. Rows
+the output kept (policy 'attn_y'); each row is one program, compiled for the slice as far as the
+assignment of its memory (see assigned.py) and never run. Rows
 are added to the JSON of the topology and the model; those that are there are not compiled again. The
-table and the plot are made of all rows. Needs the extra tpu-aot; a row takes one to six minutes.
+table and the plot are made of all rows. Needs the extra tpu-aot; a row takes some ten seconds.
 """
 
 import argparse
-import datetime
 import json
 import os
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from sharding.topology import tpu_aot_environment
+from sharding.topology import parse_topology, tpu_aot_environment
 
 os.environ.update(tpu_aot_environment())  # before JAX is imported
 
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
+from assigned import in_a_process, print_and_end  # noqa: E402
 from jax.sharding import AxisType, Mesh, NamedSharding  # noqa: E402
 from jax.sharding import PartitionSpec as P  # noqa: E402
 
 from configs import llama3_8b, qwen3_32b  # noqa: E402
 from sharding.context import attention_layer  # noqa: E402
 from sharding.context.checks import BALANCED, TWO_LEVEL  # noqa: E402
-from sharding.plan import compile_report, memory_model, topology_devices  # noqa: E402
+from sharding.plan import memory_model, topology_devices  # noqa: E402
 
 MODELS = {"llama3_8b": llama3_8b.run().model, "qwen3_32b": qwen3_32b.run().model}
 GIB = 2**30
@@ -43,12 +43,15 @@ def split(method: str) -> tuple[str, int | None]:
     return name, int(stage) if stage else None
 
 
+def ring_of(method: str) -> int:
+    """Devices of the ring: methods of two levels exchange heads over half of a slice."""
+    return 2 if split(method)[0] in TWO_LEVEL else 1
+
+
 def layer_step(devices: list, c: Any, tokens: int, method: str) -> tuple[Callable, tuple]:
     """Forward and backward of one layer of model `c` on `devices`, and its abstract arguments."""
     name, stage = split(method)
-    # Methods of two levels: half of the slice's devices exchange heads, the halves are a ring.
-    ring = 2 if name in TWO_LEVEL else 1
-    shape = np.array(devices).reshape(ring, -1)
+    shape = np.array(devices).reshape(ring_of(method), -1)
     mesh = Mesh(shape, ("ring", "context"), axis_types=(AxisType.Auto,) * 2)
 
     def placed(*shape, spec=()):
@@ -74,44 +77,39 @@ def layer_step(devices: list, c: Any, tokens: int, method: str) -> tuple[Callabl
 
 
 def row(topology: str, model: str, tokens: int, method: str) -> dict:
-    """Compiles one layer and says what it needs, in bytes a device."""
+    """What one layer needs, in bytes a device."""
     c, (name, stage) = MODELS[model], split(method)
-    devices = topology_devices(topology)
-    step, args = layer_step(devices, c, tokens, method)
-    begin = time.perf_counter()
-    report = compile_report(jax.jit(step), args, topology=topology)
-    ring = 2 if name in TWO_LEVEL else 1
+    ring, devices = ring_of(method), parse_topology(topology).devices
     model_ = memory_model(
         name, seq_len=tokens, num_heads=c.heads, num_kv_heads=c.kv_heads, head_dim=c.head_dim,
-        model_dim=c.d_model, context=len(devices) // ring, ring=ring, heads_per_stage=stage,
+        model_dim=c.d_model, context=devices // ring, ring=ring, heads_per_stage=stage,
     )  # fmt: skip
-    memory = report.memory
-    return {
-        "tokens": tokens,
-        "method": method,
-        "fits": report.fits,
-        "needs_bytes": report.needs_bytes,
-        "hbm_bytes": report.hbm_bytes,
-        "unit_bytes": model_.unit_bytes,
-        "paper_backward_bytes": model_.backward_bytes,
-        "temp_bytes": memory and memory.temp_bytes,
-        "peak_bytes": memory and memory.peak_bytes,
-        "argument_bytes": memory and memory.argument_bytes,
-        "seconds": time.perf_counter() - begin,
-    }
+    formula = {"unit_bytes": model_.unit_bytes, "paper_backward_bytes": model_.backward_bytes}
+    needs = in_a_process(__file__, "--row", topology, model, str(tokens), method)
+    return {"tokens": tokens, "method": method} | formula | needs
+
+
+def compile_row(topology: str, model: str, tokens: str, method: str) -> None:
+    """Prints what the compiler says of one layer."""
+    step, args = layer_step(topology_devices(topology), MODELS[model], int(tokens), method)
+    lowered = jax.jit(step).lower(*args)
+    usable = parse_topology(topology).chip.usable_bytes
+    print_and_end(lambda options: lowered.compile(compiler_options=options), usable)
 
 
 def table(rows: list[dict], title: str) -> str:
     """Markdown."""
     lines = [f"# {title}", "", "GiB a device; T is one tensor of queries of one device.", ""]
-    lines += ["| tokens | method | fits | temporaries | in T | peak | formula, backward | T |"]
-    lines += ["|---|---|---|---|---|---|---|---|"]
+    names = ["tokens", "method", "fits", "temporaries", "in T", "with arguments and results"]
+    names += ["formula of the backward", "T", "compiled by"]
+    lines += [f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
     for r in sorted(rows, key=lambda r: (r["tokens"], r["method"])):
-        gib = lambda name, r=r: f"{r[name] / GIB:.2f}" if r[name] else "-"  # noqa: E731
+        gib = lambda name, r=r: f"{r[name] / GIB:.2f}" if r.get(name) else "-"  # noqa: E731
         fits = "yes" if r["fits"] else f"no: needs {r['needs_bytes'] / GIB:.1f}"
         in_t = f"{r['temp_bytes'] / r['unit_bytes']:.2f}" if r["temp_bytes"] else "-"
-        cells = [f"{r['tokens']:,}", r["method"], fits, gib("temp_bytes"), in_t, gib("peak_bytes")]
+        cells = [f"{r['tokens']:,}", r["method"], fits, gib("temp_bytes"), in_t, gib("needs_bytes")]
         cells += [gib("paper_backward_bytes"), gib("unit_bytes")]
+        cells += [f"JAX {r['jax']}, libtpu {r['libtpu']}, {r['date']}"]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
@@ -140,8 +138,11 @@ def main() -> None:
     parser.add_argument("--model", choices=MODELS, default="llama3_8b")
     parser.add_argument("--tokens", default="131072,262144")
     parser.add_argument("--methods", default="ulysses,upipe:8,upipe:16,upipe:32,ring,allgather")
+    parser.add_argument("--row", nargs=4, help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     args = parser.parse_args()
+    if args.row:
+        compile_row(*args.row)
     stem = f"context_memory_{args.model}_{args.topology.replace(':', '_')}"
     file = args.out / f"{stem}.json"
     record = json.loads(file.read_text()) if file.exists() else {"rows": []}
@@ -151,10 +152,9 @@ def main() -> None:
             if any((r["tokens"], r["method"]) == (tokens, method) for r in record["rows"]):
                 continue
             record["rows"].append(row(args.topology, args.model, tokens, method))
-            record |= {"jax": jax.__version__, "date": str(datetime.date.today())}
             file.write_text(json.dumps(record, indent=1) + "\n")
             print(json.dumps(record["rows"][-1]), flush=True)
-    text = table(record["rows"], f"{title}, {record['date']}, JAX {record['jax']}")
+    text = table(record["rows"], title)
     file.with_suffix(".md").write_text(text)
     plot(record["rows"], title, file.with_suffix(".png"))
 

@@ -1,6 +1,6 @@
 """Which of compute, memory and network bounds an attention layer on a sharded sequence, without compiling.
 
-    python benchmarks/context_roofline.py --topology v5p:2x2x2 --model llama3_8b --tokens 131072,1048576
+    python benchmarks/context_roofline.py --topology v5p:2x2x2 --model llama3_8b --tokens 1048576
 
 Forward and backward of one layer, output kept (policy 'attn_y'), bfloat16, batch 1. FLOPs and the bytes
 of collectives are counted in the traced program, every block of the causal mask included, so that compute
@@ -21,10 +21,12 @@ from sharding.topology import parse_topology, tpu_aot_environment
 os.environ.update(tpu_aot_environment())  # before JAX is imported
 
 import jax  # noqa: E402
-from context_memory import MODELS, layer_step, split  # noqa: E402
+from context_memory import MODELS, layer_step, ring_of  # noqa: E402
 
 from sharding.flops import array_of, jaxpr_flops, live, repeats, sub_jaxprs  # noqa: E402
 from sharding.plan import count_collectives, topology_devices  # noqa: E402
+
+METHODS = "ulysses,usp,upipe:8,upipe:16,upipe:32,upipe_ring:8,ring,allgather"
 
 
 def product_bytes(jaxpr) -> int:
@@ -52,6 +54,19 @@ def _length(dim: Any) -> int:
     return dim if isinstance(dim, int) else getattr(dim, "block_size", 1)
 
 
+def sent_bytes(moved: dict[str, tuple[int, int]], devices: int, context: int) -> float:
+    """What a device sends for operands of `moved`, each over a ring: heads go over `context` devices,
+    gradients of weights over all."""
+    stays = {"all_to_all": context}
+    share = {"all_to_all": 1.0, "all_gather": devices, "ppermute": 1.0, "psum": 2.0}
+    total = 0.0
+    for kind, (_, size) in moved.items():
+        n = stays.get(kind, devices)
+        kept = 1.0 if kind == "ppermute" else (n - 1) / n
+        total += share.get(kind, 1.0) * kept * size
+    return total
+
+
 def row(topology: str, model: str, tokens: int, method: str) -> dict:
     """Counts and the seconds that they take at the published rates."""
     slice_ = parse_topology(topology)
@@ -60,10 +75,7 @@ def row(topology: str, model: str, tokens: int, method: str) -> dict:
     jaxpr = live(jax.make_jaxpr(step)(*args).jaxpr)
     flops, memory = jaxpr_flops(jaxpr) / n, product_bytes(jaxpr)
     moved = count_collectives(step, *args)
-    name, _ = split(method)
-    # Operands: of an all_to_all a part stays at home, those of an all_gather go n - 1 times.
-    share = {"all_to_all": (n - 1) / n, "all_gather": n - 1, "reduce_scatter": (n - 1) / n}
-    sent = sum(share.get(k, 1) * size for k, (_, size) in moved.items())
+    sent = sent_bytes(moved, n, n // ring_of(method))
     seconds = {
         "compute": flops / chip.bf16_flops,
         "memory": memory / chip.hbm_bandwidth,
@@ -82,7 +94,7 @@ def main() -> None:
     parser.add_argument("--topology", default="v5p:2x2x2")
     parser.add_argument("--model", choices=MODELS, default="llama3_8b")
     parser.add_argument("--tokens", default="131072,1048576,3145728")
-    parser.add_argument("--methods", default="ulysses,upipe:8,upipe:16,upipe:32,ring,allgather")
+    parser.add_argument("--methods", default=METHODS)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     args = parser.parse_args()
     chip = parse_topology(args.topology).chip

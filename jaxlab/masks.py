@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from einops import rearrange
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxlab.arguments import wide_type
+from jaxlab.arguments import check_count, wide_type
 
 
 class Rule(NamedTuple):
@@ -62,8 +62,8 @@ def check_attention(
         )
     if h % hk:
         raise ValueError(f"query heads {h} must be a multiple of key/value heads {hk}")
-    if window is not None and window < 1:
-        raise ValueError(f"window={window} must be at least 1 or None")
+    if window is not None:
+        window = check_count("window", window, 1)
     if softcap is not None and not softcap > 0:
         raise ValueError(f"softcap={softcap} must be positive or None")
     if (q_positions is None) != (k_positions is None):
@@ -83,6 +83,8 @@ def check_attention(
         legal = [(batch, length) for batch in batches]
         if x is not None and x.shape not in legal:
             raise ValueError(f"{name} must be {' or '.join(map(str, legal))}, got {x.shape}")
+        if x is not None and not jnp.issubdtype(x.dtype, jnp.integer):
+            raise ValueError(f"{name} must be integers, got {x.dtype}")
     rule = Rule(bool(causal), float(d**-0.5 if scale is None else scale), window, softcap)
     return rule, Mask(q_positions, k_positions, segment_ids, k_segment_ids)
 

@@ -142,5 +142,8 @@ def apply_rope(
     cos, sin = jnp.cos(angle)[:, :, None], jnp.sin(angle)[:, :, None]
     if factor != 1.0:
         cos, sin = cos * factor, sin * factor
-    x1, x2 = jnp.split(x.astype(wide), 2, -1)
-    return jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], -1).astype(x.dtype)
+    # Halves are widened after they are cut and narrowed before they are joined: compilers keep what is
+    # cut or joined in memory, forward and backward.
+    x1, x2 = (half.astype(wide) for half in jnp.split(x, 2, -1))
+    halves = x1 * cos - x2 * sin, x2 * cos + x1 * sin
+    return jnp.concatenate([half.astype(x.dtype) for half in halves], -1)

@@ -24,13 +24,16 @@ def _divisor_at_least(n: int, least: float) -> int:
     return next(m for m in range(1, n + 1) if n % m == 0 and (m >= least or m == n))
 
 
-# Tile i holds tokens i, i + n, i + 2n...: a sequence sharded over devices stays where it is.
-def _to_tiles(x, n):
-    return rearrange(x, "b (t n) ... -> n b t ...", n=n)
+# Tile i holds tokens i, i + n, i + 2n...: a sequence sharded over devices stays where it is. One that
+# is not sharded is cut without a copy into tiles of consecutive tokens.
+def _to_tiles(x, n, consecutive):
+    order = "b (n t) ... -> n b t ..." if consecutive else "b (t n) ... -> n b t ..."
+    return rearrange(x, order, n=n)
 
 
-def _from_tiles(x):
-    return rearrange(x, "n b t ... -> b (t n) ...")
+def _from_tiles(x, consecutive):
+    order = "n b t ... -> b (n t) ..." if consecutive else "n b t ... -> b (t n) ..."
+    return rearrange(x, order)
 
 
 def tiled_mlp(
@@ -38,17 +41,20 @@ def tiled_mlp(
     x: Float[Array, "b t d"],
     *,
     n_tiles: int,
+    consecutive: bool = False,
 ) -> Float[Array, "b t e"]:
     """`fn(x)` for an `fn` that treats tokens alone, on tiles of the sequence.
 
     What `fn` makes exists for t / n_tiles tokens at a time and is recomputed in the backward pass.
-    A tile is not contiguous: it takes every n_tiles-th token. ValueError unless n_tiles divides t.
+    A tile takes every n_tiles-th token, or, with `consecutive`, tokens that follow each other, which
+    costs no copy of x where x is not sharded along t. ValueError unless n_tiles divides t.
     Source: ALST tiling; note on UPipe, section 9.3.
     """
     _check_tiles(x.shape[1], n_tiles)
     if n_tiles == 1:
         return jax.checkpoint(fn)(x)
-    return _from_tiles(jax.lax.map(jax.checkpoint(fn, prevent_cse=False), _to_tiles(x, n_tiles)))
+    tiles = _to_tiles(x, n_tiles, consecutive)
+    return _from_tiles(jax.lax.map(jax.checkpoint(fn, prevent_cse=False), tiles), consecutive)
 
 
 def _logits(h, w, softcap):
@@ -66,18 +72,18 @@ def _stats(h, w, labels, softcap):
     return chosen - lse, lse
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def _token_stats(h, w, labels, n_tiles, softcap):
-    tiles = (_to_tiles(h, n_tiles), _to_tiles(labels, n_tiles))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
+def _token_stats(h, w, labels, n_tiles, softcap, consecutive):
+    tiles = tuple(_to_tiles(x, n_tiles, consecutive) for x in (h, labels))
     out = jax.lax.map(lambda tile: _stats(tile[0], w, tile[1], softcap), tiles)
-    return jax.tree.map(_from_tiles, out)
+    return jax.tree.map(lambda x: _from_tiles(x, consecutive), out)
 
 
-def _token_stats_forward(h, w, labels, n_tiles, softcap):
-    return _token_stats(h, w, labels, n_tiles, softcap), (h, w, labels)
+def _token_stats_forward(h, w, labels, *static):
+    return _token_stats(h, w, labels, *static), (h, w, labels)
 
 
-def _token_stats_backward(n_tiles, softcap, saved, cotangents):
+def _token_stats_backward(n_tiles, softcap, consecutive, saved, cotangents):
     h, w, labels = saved
     wide = jnp.promote_types(h.dtype, "float32")
     # dw grows by parts of its rows no larger than a tile's logits: a whole product would be dw again.
@@ -101,16 +107,18 @@ def _token_stats_backward(n_tiles, softcap, saved, cotangents):
 
         return (add(0, dw) if parts == 1 else jax.lax.fori_loop(0, parts, add, dw)), dh
 
-    tiles = (_to_tiles(x, n_tiles) for x in (h, labels, *cotangents))
+    tiles = (_to_tiles(x, n_tiles, consecutive) for x in (h, labels, *cotangents))
     zeros = jnp.zeros((w.shape[0] // parts, parts, w.shape[1]), wide)
     dw, dh = jax.lax.scan(body, vary_like(zeros, w), tuple(tiles))
-    return _from_tiles(dh), dw.reshape(w.shape).astype(w.dtype), None
+    return _from_tiles(dh, consecutive), dw.reshape(w.shape).astype(w.dtype), None
 
 
 _token_stats.defvjp(_token_stats_forward, _token_stats_backward)
 
 
-def _checked_stats(h, w, labels, n_tiles, softcap) -> tuple[jax.Array, jax.Array]:
+def _checked_stats(
+    h, w, labels, n_tiles, softcap, consecutive=False
+) -> tuple[jax.Array, jax.Array]:
     if h.ndim != 3 or w.ndim != 2 or h.shape[2] != w.shape[0] or labels.shape != h.shape[:2]:
         raise ValueError(
             f"need h [b, t, d], w [d, v], labels [b, t]; got {h.shape}, {w.shape}, {labels.shape}"
@@ -122,7 +130,7 @@ def _checked_stats(h, w, labels, n_tiles, softcap) -> tuple[jax.Array, jax.Array
         return _stats(h, w, labels, softcap)
     # One type for all under shard_map: a custom gradient must have the type of its input.
     h, w, labels = (vary_like(x, h, w, labels) for x in (h, w, labels))
-    return _token_stats(h, w, labels, n_tiles, softcap)
+    return _token_stats(h, w, labels, n_tiles, softcap, consecutive)
 
 
 def token_log_probs(
@@ -151,18 +159,20 @@ def tiled_cross_entropy(
     z_loss: float = 0.0,
     softcap: float | None = None,
     parts: bool = False,
+    consecutive: bool = False,
 ) -> tuple[Float[Array, ""], ...]:
     """(sum of -log p(label), number of labels counted); negative labels are ignored.
 
     Logits, softcap * tanh(h @ w / softcap) if `softcap` is given, exist for one tile of t / n_tiles
     tokens at a time, forward and backward (where they are recomputed; dw accumulates in float32).
-    With n_tiles=1 they are kept for the backward pass instead: the plain computation.
+    With n_tiles=1 they are kept for the backward pass instead: the plain computation. `consecutive` as
+    in `tiled_mlp`.
     `z_loss` adds z_loss * logsumexp^2 a counted token; with `parts` a third result is the sum without
     it. All results are float32 scalars, the loss
     float64 when h is; a label that is not below v makes the loss NaN, not silently wrong.
     ValueError unless n_tiles divides t and the shapes fit. Source: ALST; note on UPipe, section 9.3.
     """
-    logp, lse = _checked_stats(h, w, labels, n_tiles, softcap)
+    logp, lse = _checked_stats(h, w, labels, n_tiles, softcap, consecutive)
     counted = labels >= 0
     total = lambda x: jnp.sum(jnp.where(counted, x, 0))  # noqa: E731
     count, nll = jnp.sum(counted, dtype=jnp.float32), total(-logp)

@@ -1,7 +1,7 @@
 """Decoder-only language model: Llama 3 and Qwen 3 dense shapes by configuration."""
 
 import dataclasses
-from collections.abc import Callable
+import math
 from typing import Annotated, Any, Literal
 
 import flax.linen as nn
@@ -14,24 +14,10 @@ from jaxtyping import Array, Float, Int
 from jaxlab.rope import LinearScaling, Llama3Scaling, YarnScaling, rope_frequencies
 from models.layers import ATTENTION, MLP, RMSNorm, compute_dtype, weight
 from models.mixers import MIXERS, TTT, LaCT, LinearAttention, check_chunks_of, check_mixers
+from models.remat import REMAT
 from sharding.context import ContextConfig, check_context, zigzag_permutation
 from sharding.context.checks import TWO_LEVEL, check_names
 from sharding.rules import constrain
-
-# What a block keeps for the backward pass; `None` recomputes everything. 'attn_y' alone lets what is
-# recomputed skip attention; 'offload' keeps it, and the block's input, in the host's memory.
-REMAT: dict[str, Callable | None] = {
-    "full": None,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    "attention": jax.checkpoint_policies.save_only_these_names("attn_out", "attn_lse"),
-    "attn_y": jax.checkpoint_policies.save_only_these_names("attn_y"),
-    "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
-        names_which_can_be_saved=[],
-        names_which_can_be_offloaded=["blk_in", "attn_y"],
-        offload_src="device",
-        offload_dst="pinned_host",
-    ),
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +49,8 @@ class DecoderConfig:
     norm_eps: Annotated[float, "epsilon of RMSNorm"] = 1e-6
     dropout: Annotated[float, "rate after the mixer and the MLP of every layer, in training"] = 0.0
     remat: Annotated[
-        Literal["none", "full", "dots", "attention", "attn_y", "offload"], "what the backward keeps"
+        Literal["none", "full", "dots", "attention", "attn_y", "offload", "offload_input"],
+        "what the backward keeps",
     ] = "none"
     dtype: Annotated[Literal["auto", "float32", "bfloat16"], "compute type; auto: f32 on CPU"] = (
         "auto"
@@ -100,8 +87,8 @@ class DecoderConfig:
         tensor = mesh_sizes.get("tensor", 1)
         for name in ("heads", "kv_heads"):
             if getattr(self, name) % tensor:
-                size = getattr(self, name)
-                legal = [n for n in range(1, size + 1) if size % n == 0]
+                size, both = getattr(self, name), math.gcd(self.heads, self.kv_heads)
+                legal = [n for n in range(1, both + 1) if both % n == 0]
                 raise ValueError(
                     f"model.{name}={size} is not divisible by mesh.tensor={tensor}; "
                     f"use mesh.tensor in {legal}"
@@ -170,7 +157,7 @@ class Block(nn.Module):
             y, states[i] = mix.mix(y, positions, segment_ids, inv_freq, states[i])
             x = x + drop(y)
             tiles = c.mlp_tiles if states[i] is None else 1
-            x = x + drop(MLP(c, name=f"mlp_{i}")(norm(f"mlp_norm_{i}")(x), tiles))
+            x = x + drop(MLP(c, name=f"mlp_{i}")(x, norm(f"mlp_norm_{i}"), tiles))
         return x, tuple(states)
 
 

@@ -11,12 +11,14 @@ follow those that the state has seen, and segment 0 is padding, which leaves no 
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax import struct
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
@@ -28,6 +30,7 @@ from jaxlab.tiled import tiled_mlp
 from models.cache import NOWHERE, KVCache
 from sharding.context import attention_layer
 from sharding.rules import constrain
+from sharding.tokens import over_tokens
 
 ATTENTION: dict[str, Callable] = {"dense": dense_attention, "blockwise": blockwise_attention}
 
@@ -48,6 +51,22 @@ def weight(
     return w
 
 
+@struct.dataclass
+class Linear:
+    """The product with a matrix over its first `inputs` axes: a function, and a pytree of its arrays.
+
+    An adapter is applied in its low-rank form: x W + (x A) B, W is not touched.
+    """
+
+    w: Float[Array, "..."]
+    adapter: Any
+    inputs: int = struct.field(pytree_node=False, default=1)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = jnp.tensordot(x, self.w.astype(x.dtype), self.inputs)
+        return y if self.adapter is None else y + lora_product(x, self.adapter, self.inputs)
+
+
 def linear(
     module: nn.Module,
     name: str,
@@ -56,19 +75,11 @@ def linear(
     std,
     dtype,
     inputs: int = 1,
-) -> Callable[[jax.Array], jax.Array]:
-    """Declares a `weight` and returns the product with it over its first `inputs` axes.
-
-    An adapter is applied in its low-rank form: x W + (x A) B, W is not touched.
-    """
+) -> Linear:
+    """Declares a `weight` and returns the product with it over its first `inputs` axes."""
     w = _declare(module, name, shape, axes, std, dtype)
     adapter = module.get_variable("lora", name) if module.has_variable("lora", name) else None
-
-    def product(x):
-        y = jnp.tensordot(x, w.astype(x.dtype), inputs)
-        return y if adapter is None else y + lora_product(x, adapter, inputs)
-
-    return product
+    return Linear(w, adapter, inputs)
 
 
 def constant(module: nn.Module, name: str, shape: tuple[int, ...], value: float, dtype):
@@ -189,16 +200,29 @@ class MLP(nn.Module):
     config: Any
 
     @nn.compact
-    def __call__(self, x: Float[Array, "b t d"], tiles: int = 1) -> Float[Array, "b t d"]:
+    def __call__(
+        self, x: Float[Array, "b t d"], norm: RMSNorm, tiles: int = 1
+    ) -> Float[Array, "b t d"]:
+        """Of x normalised; in `tiles` pieces of the sequence, of which one is in memory at a time."""
         c = self.config
         d, f = c.d_model, c.mlp
-        gate = linear(self, "w_gate", (d, f), ("embed", "mlp"), d**-0.5, c.param_dtype)
-        up = linear(self, "w_up", (d, f), ("embed", "mlp"), d**-0.5, c.param_dtype)
         std = (f * 2 * c.layers) ** -0.5
-        down = linear(self, "w_down", (f, d), ("mlp", "embed"), std, c.param_dtype)
+        parts = (
+            norm.gain(d),
+            linear(self, "w_gate", (d, f), ("embed", "mlp"), d**-0.5, c.param_dtype),
+            linear(self, "w_up", (d, f), ("embed", "mlp"), d**-0.5, c.param_dtype),
+            linear(self, "w_down", (f, d), ("mlp", "embed"), std, c.param_dtype),
+        )
 
-        def mlp(x):
+        def mlp(parts, x):
+            gain, gate, up, down = parts
+            x = rms_norm(x, gain, norm.eps)
             hidden = jax.nn.silu(gate(x)) * up(x)
             return down(constrain(hidden, "batch", "length", "act_mlp"))
 
-        return mlp(x) if tiles == 1 else tiled_mlp(mlp, x, n_tiles=tiles)
+        def tiled(x, parts):
+            return tiled_mlp(functools.partial(mlp, parts), x, n_tiles=tiles, consecutive=True)
+
+        if tiles == 1 or self.is_initializing():
+            return mlp(parts, x)
+        return over_tokens(tiled, x, parts, pieces=tiles)

@@ -2,9 +2,10 @@
 
 import math
 import re
+import tempfile
 import time
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 from jax.extend import core
@@ -18,7 +19,9 @@ from sharding.costs import (
 )
 from sharding.flops import array_of, jaxpr_flops, live, repeats, sub_jaxprs
 from sharding.hlo import Module
-from sharding.topology import Chip, parse_topology, topology_devices
+from sharding.report import CompileReport, MemoryReport, format_report
+from sharding.topology import parse_topology, topology_devices
+from sharding.usage import dump_options, read_usage
 
 __all__ = [
     "CommModel",
@@ -41,45 +44,6 @@ _COMMUNICATE = set(
     "all_gather all_gather_invariant all_gather_reduced reduce_scatter unreduced_reduce_scatter "
     "all_to_all ragged_all_to_all ppermute psend precv".split()
 )
-
-
-class MemoryReport(NamedTuple):
-    """Bytes one device needs, and the seconds that lowering and compiling took.
-
-    `peak_bytes` is the compiler's own figure on TPUs and GPUs. The CPU compiler's covers arguments
-    and outputs only, so there it is arguments + outputs - donated + temporaries, an upper bound.
-    """
-
-    argument_bytes: int
-    output_bytes: int
-    temp_bytes: int
-    peak_bytes: int
-    host_temp_bytes: int
-    seconds: float
-
-
-class CompileReport(NamedTuple):
-    """A step compiled for a TPU slice; all bytes and seconds are per device and step.
-
-    When the step does not fit, `memory`, `collectives` and the times but for compute are None.
-    """
-
-    topology: str
-    chip: Chip
-    devices: int
-    fits: bool
-    needs_bytes: float
-    hbm_bytes: float
-    memory: MemoryReport | None
-    collectives: dict[str, tuple[int, int]] | None
-    model_flops: float | None  # all devices, given by the caller
-    step_flops: float  # all devices, counted in the step, recomputation included
-    hbm_traffic: float | None
-    compute_seconds: float
-    hbm_seconds: float | None
-    ici_seconds: float | None
-    unknown_loops: int = 0  # loops whose length the compiled text does not tell, counted once
-    message: str = ""
 
 
 def count_collectives(fn: Callable, *args: Any) -> dict[str, tuple[int, int]]:
@@ -141,7 +105,8 @@ def _memory(compiled: Any, seconds: float) -> MemoryReport:
     sizes = m.argument_size_in_bytes, m.output_size_in_bytes, m.temp_size_in_bytes
     placed = jax.tree.leaves((compiled.input_shardings, compiled.output_shardings))
     on_cpu = any(d.platform == "cpu" for s in placed for d in s.device_set)
-    peak = sum(sizes) - m.alias_size_in_bytes if on_cpu else m.peak_memory_in_bytes
+    bound = on_cpu or m.host_temp_size_in_bytes
+    peak = sum(sizes) - m.alias_size_in_bytes if bound else m.peak_memory_in_bytes
     return MemoryReport(*sizes, peak, m.host_temp_size_in_bytes, seconds)
 
 
@@ -189,16 +154,27 @@ def compile_report(
         hbm_seconds=None,
         ici_seconds=None,
     )
+    with tempfile.TemporaryDirectory() as folder:
+        options = dump_options(folder)
+        return _compiled(traced, report, begin, options, lambda: read_usage(folder))
+
+
+def _compiled(traced, report: CompileReport, begin: float, options, usage) -> CompileReport:
+    """`report` with what the compiler says."""
+    chip = report.chip
     try:
-        compiled = traced.lower().compile()
+        compiled = traced.lower().compile(compiler_options=options)
     except jax.errors.JaxRuntimeError as error:
-        needs, limit = _out_of_memory(str(error))
+        needs, limit = out_of_memory(str(error))
         if not needs:
             raise
         return report._replace(
             fits=False, needs_bytes=needs, hbm_bytes=limit, message=str(error).splitlines()[0]
         )
     memory = _memory(compiled, time.perf_counter() - begin)
+    used = usage()
+    if used and memory.host_temp_bytes:
+        memory = memory._replace(peak_bytes=used.hbm_bytes)
     module = Module(compiled.as_text())
     found = module.collectives()
     collectives: dict[str, tuple[int, int]] = {}
@@ -213,11 +189,12 @@ def compile_report(
         hbm_traffic=traffic,
         hbm_seconds=traffic / chip.hbm_bandwidth,
         ici_seconds=sum(c.calls * c.ring_bytes for c in found) / ring,
+        largest=used.largest if used else (),
         unknown_loops=len(module.unknown_loops),
     )
 
 
-def _out_of_memory(message: str) -> tuple[float, float]:
+def out_of_memory(message: str) -> tuple[float, float]:
     """(bytes needed, bytes there) when a compiler error says that HBM is too small, else zeros."""
     size = r"\(?([\d.]+)([KMGT]?)\)?"
     units = dict(zip("KMGT", (2.0**10, 2.0**20, 2.0**30, 2.0**40), strict=True))
@@ -229,66 +206,3 @@ def _out_of_memory(message: str) -> tuple[float, float]:
             needs, limit = (float(m[i]) * units.get(m[i + 1], 1.0) for i in (1, 3))
             return needs, limit
     return 0.0, 0.0
-
-
-def format_report(report: CompileReport) -> str:
-    """The report as a plain table."""
-    r, m = report, report.memory
-    verdict = "fits" if r.fits else "does not fit"
-    lines = [f"{verdict}: needs {_size(r.needs_bytes)} of {_size(r.hbm_bytes)} usable HBM a device"]
-    if m:
-        lines += [
-            f"  arguments        {_size(m.argument_bytes):>12}",
-            f"  outputs          {_size(m.output_bytes):>12}  (donated arguments share their bytes)",
-            f"  temporaries      {_size(m.temp_bytes):>12}",
-            f"  peak             {_size(m.peak_bytes):>12}  {m.peak_bytes / r.hbm_bytes:.1%} of it",
-        ]
-        if m.host_temp_bytes:
-            lines.append(f"  on the host      {_size(m.host_temp_bytes):>12}")
-    if r.collectives is not None:
-        lines.append("collectives of a step, a device" + ("" if r.collectives else ": none"))
-        for kind, (calls, size) in sorted(r.collectives.items(), key=lambda kv: -kv[1][1]):
-            lines.append(f"  {kind:<22}{calls:>6} calls{_size(size):>14}")
-    lines.append("FLOPs of a step, all devices")
-    if r.model_flops is not None:
-        lines.append(f"  useful           {r.model_flops:>12.3e}")
-    lines += [
-        f"  counted          {r.step_flops:>12.3e}  (recomputation included)",
-        "time of a step, at least",
-        f"  compute          {_time(r.compute_seconds):>12}  at {r.chip.bf16_flops:.3e} FLOP/s",
-    ]
-    if r.hbm_seconds is not None and r.ici_seconds is not None and m:
-        times = {"compute": r.compute_seconds, "memory": r.hbm_seconds, "network": r.ici_seconds}
-        bound = max(times, key=lambda k: times[k])
-        lines += [
-            f"  memory           {_time(r.hbm_seconds):>12}  "
-            f"{_size(r.hbm_traffic or 0)} at {r.chip.hbm_bandwidth:.3e} B/s",
-            f"  network          {_time(r.ici_seconds):>12}  each collective on one ring",
-            f"  bound by {bound}: {_time(times[bound])} with perfect overlap, "
-            f"{_time(sum(times.values()))} with none",
-        ]
-        if r.model_flops and times[bound]:
-            best = r.model_flops / r.devices / r.chip.bf16_flops
-            low, high = best / sum(times.values()), best / times[bound]
-            lines.append(f"  utilisation (MFU) at most {high:.1%}, without overlap {low:.1%}")
-        if r.unknown_loops:
-            lines.append(f"  {r.unknown_loops} loops of unknown length are counted once")
-        lines.append(f"compiled in {m.seconds:.1f} s")
-    if r.message:
-        lines.append(f"compiler: {r.message}")
-    return "\n".join(lines)
-
-
-def _size(n: float) -> str:
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if n < 1024:
-            return f"{n:.0f} B" if unit == "B" else f"{n:.2f} {unit}"
-        n /= 1024
-    return f"{n:.2f} TiB"
-
-
-def _time(seconds: float) -> str:
-    for unit, scale in (("s", 1.0), ("ms", 1e-3), ("us", 1e-6)):
-        if seconds >= scale:
-            return f"{seconds / scale:.2f} {unit}"
-    return f"{seconds * 1e6:.3f} us"

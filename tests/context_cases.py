@@ -54,7 +54,8 @@ def draw_segments(seed, b=2, s=16):
 
 def assert_close(got, expected, tolerance):
     """Largest error below `tolerance` times the largest value, array by array."""
-    for name, x, y in zip(("y", "dx", "dwq", "dwk", "dwv", "dwo"), got, expected, strict=True):
+    assert len(got) == len(expected)
+    for name, x, y in zip(("y", "dx", "dwq", "dwk", "dwv", "dwo"), got, expected, strict=False):
         x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
         assert x.shape == y.shape
         error = np.max(np.abs(x - y)) / np.max(np.abs(y))

@@ -349,7 +349,7 @@ ints = functools.partial(jnp.zeros, dtype=jnp.int32)
         (dict(k=jnp.zeros((2, 9, 2, 7))), r"k must be \[2, length, heads, 6\]"),
         (dict(v=jnp.zeros((2, 8, 2, 6))), r"v begin as k does; .* v \(2, 8, 2, 6\)"),
         (dict(q=jnp.zeros((2, 9, 3, 6))), "query heads 3 must be a multiple of key/value heads 2"),
-        (dict(window=0), "window=0 must be at least 1 or None"),
+        (dict(window=0), "window=0 must be an integer of at least 1"),
         (dict(softcap=0.0), "softcap=0.0 must be positive or None"),
         (dict(q=jnp.zeros((2, 3, 4, 6))), "lengths 3 of q and 9 of k differ: give q_positions"),
         (dict(q_positions=ints((2, 9))), "q_positions and k_positions must be given together"),

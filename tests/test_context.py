@@ -109,6 +109,54 @@ def test_narrow_types(method, axes, dtype, tolerance):
     assert_close(got, expected, tolerance)
 
 
+def test_many_stages_lose_no_digits_of_a_narrow_sum():
+    """128 stages of one head in bfloat16: y as near as that of one stage."""
+    *args, dy = layer_inputs(4, s=8, d=16, h=128, hk=128, dtype="bfloat16")
+    expected = layer_oracle(*args, dy)
+
+    def error(u):
+        got = run((*args, dy), dict(context=1), "upipe", heads_per_stage=u, core="dense")
+        return [
+            np.max(np.abs(np.asarray(a, float) - b)) / np.max(np.abs(b))
+            for a, b in zip(got, expected, strict=True)
+        ]
+
+    many, one = error(1), error(128)
+    assert many[0] <= 1.2 * one[0] < 6e-3
+    # The gradient of x is summed in its own type.
+    assert max(many) < 3e-2
+
+
+def test_second_derivatives_by_stages():
+    """A penalty on gradients, with a core that can be differentiated twice."""
+    with jax.enable_x64(True):
+        *args, _ = layer_inputs(5, h=8, hk=4, dtype="float64")
+
+        def penalty(method, *args):
+            mesh = make_mesh(context=2) if method != "none" else None
+
+            def loss(x, wq):
+                how = dict(mesh=mesh, method=method, core="dense")
+                return jnp.sum(attention_layer(x, wq, *args[2:], **how) ** 2)
+
+            dx, dwq = jax.grad(loss, (0, 1))(*args[:2])
+            return jnp.sum(dx**3) + jnp.sum(dwq**2)
+
+        got, expected = (
+            quick_jit(jax.grad(functools.partial(penalty, method), (0, 1)))(*args)
+            for method in ("upipe", "none")
+        )
+        for x, y in zip(got, expected, strict=True):
+            assert jnp.max(jnp.abs(x - y)) <= 1e-12 * jnp.max(jnp.abs(y))
+
+
+def test_no_method_takes_any_heads():
+    """More tensor ranks than key heads: nothing is shared out by hand."""
+    inputs = layer_inputs(6, h=4, hk=1)
+    got = run(inputs, dict(tensor=2), "none", core="dense")
+    assert_close(got, layer_oracle(*inputs), 1e-6)
+
+
 GRID = [
     (c, g, kv)
     for c, g, kv in itertools.product((1, 2, 4, 8), (1, 2, 4, 8), (1, 2, 4, 8))
@@ -342,6 +390,10 @@ def test_the_mask_lets_a_ring_skip_and_rows_that_see_nothing_do_not_matter():
     got = run(inputs, dict(context=4), "ring", segment_ids=segments, causal=False)
     assert all(np.all(np.isfinite(x)) for x in got)
     assert_close(got, layer_oracle(*inputs, segment_ids=segments, causal=False), 1e-6)
+    # What is skipped is not computed: nothing of the last rank reaches the others.
+    poisoned = (inputs[0].at[:, 12:].set(jnp.nan), *inputs[1:])
+    y = run(poisoned, dict(context=4), "ring", segment_ids=segments, causal=False)[0]
+    assert_close([y[:, :12]], [got[0][:, :12]], 1e-6)
 
 
 # ---- what is refused ----
@@ -357,12 +409,18 @@ def test_the_mask_lets_a_ring_skip_and_rows_that_see_nothing_do_not_matter():
         (dict(core="flash"), "core='flash' must be one of"),
         (dict(method="ring", core=blockwise_attention), "'ring' has attention of its own"),
         (dict(stage_policy="all"), "stage_policy='all' must be one of"),
-        (dict(window=0), "window=0 must be at least 1"),
-        (dict(positions=np.zeros((3, 16), int)), r"positions must be \(2, 16\)"),
+        (dict(window=0), "window=0 must be an integer of at least 1"),
+        (dict(positions=np.zeros((3, 16), int)), r"positions must be integers \(2, 16\)"),
         (dict(segment_ids=np.zeros((2, 4), int)), r"segment_ids must be \(2, 16\)"),
         (dict(method="upipe", heads_per_stage=6), "heads_per_stage=6 is not legal"),
         (dict(mesh=None), "needs a mesh"),
-        (dict(inv_freq=np.ones(3)), r"inv_freq must be \(2,\)"),
+        (dict(inv_freq=[1.0] * 3), r"inv_freq must be \(2,\)"),
+        (dict(window=2.5), "window=2.5 must be an integer"),
+        (dict(segment_ids=np.zeros((2, 16))), "segment_ids must be integers, got float"),
+        (dict(positions=np.zeros((2, 16))), "positions must be integers"),
+        (dict(method="upipe", heads_per_stage=4.0), "heads_per_stage=4.0 must be an integer"),
+        (dict(mesh={"context": 4}), "mesh must be a jax.sharding.Mesh or None, got dict"),
+        (dict(mesh=jax.make_mesh((1,), ("context",))), "all must be AxisType.Auto"),
     ],
 )
 def test_arguments_that_cannot_work_are_refused_before_anything_runs(options, message):
@@ -378,6 +436,13 @@ def test_weights_that_do_not_fit_and_staged_attention_are_refused():
     with pytest.raises(ValueError, match="method='upipe' needs attention_layer"):
         q = jnp.zeros((1, 8, 2, 4))
         context_attention(q, q, q, mesh=make_mesh(context=2), method="upipe")
+
+
+def test_rings_take_values_as_wide_as_keys():
+    q, v = jnp.zeros((1, 8, 2, 4)), jnp.zeros((1, 8, 2, 6))
+    with pytest.raises(ValueError, match="v must have the head dim 4 of k, got 6"):
+        context_attention(q, q, v, mesh=make_mesh(context=2), method="ring")
+    assert context_attention(q, q, v, mesh=make_mesh(context=2), method="ulysses").shape == v.shape
 
 
 def test_the_config_is_the_keywords():

@@ -129,8 +129,16 @@ def check(sizes, **changes):
         ({"context": 8}, dict(method="upipe", heads_per_stage=64), "nearest [16, 32]"),
         ({"context": 2}, dict(heads_per_stage=8), "heads_per_stage=8 is for the methods"),
         ({"context": 4, "tensor": 4}, dict(method="upipe", heads_per_stage=16), "one of tensor=4 ranks"),
-        ({"tensor": 3}, {}, "num_heads=32 is not divisible by tensor=3; use tensor in [1, 2, 4"),
+        ({"tensor": 3}, {}, "num_heads=32 is not divisible by tensor=3; use tensor in [1, 2, 4, 8]"),
         ({"tensor": 16}, {}, "num_kv_heads=8 is not divisible by tensor=16"),
+        (
+            {"tensor": 3, "context": 32}, dict(method="ulysses"),
+            "num_heads=32 is not divisible by tensor=3; use tensor in [1]",
+        ),
+        (
+            {"context": 8}, dict(method="ring", layout="zigzag", seq_len=60),
+            "seq_len=60 is not divisible by 2 * ring=8 = 16 (zigzag order); nearest: [48, 64]",
+        ),
         ({"ring": 2, "context": 2}, {}, "ring=2 (context=2): use ring=1 or a method of"),
         ({"ring": 2}, dict(method="ring"), "method='ring' uses one mesh axis"),
         (

@@ -192,6 +192,20 @@ def test_tiled_mlp_is_fn_with_gradients_to_all_it_closes_over():
         assert largest(jax.make_jaxpr(tiled)(x, w1, w2).jaxpr) == max(B * T * 64 // n_tiles, D * 64)
 
 
+def test_tiles_of_consecutive_tokens_give_the_same():
+    with jax.enable_x64(True):
+        h, w, labels, _ = inputs(3)
+
+        def both(h, w, **how):
+            h = tiled_mlp(lambda tile: jnp.tanh(tile @ (w @ w.T)), h, n_tiles=3, **how)
+            return tiled_cross_entropy(h, w, labels, n_tiles=4, z_loss=0.1, **how)[0]
+
+        got = quick_jit(jax.value_and_grad(functools.partial(both, consecutive=True), (0, 1)))(h, w)
+        expected = quick_jit(jax.value_and_grad(both, (0, 1)))(h, w)
+        for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+            np.testing.assert_allclose(x, y, rtol=1e-12, atol=1e-12)
+
+
 def test_inside_shard_map_gradients_are_those_outside():
     """Batch over one axis, tokens over the other, weights replicated over both."""
     mesh = jax.make_mesh((2, 4), ("data", "context"), (AxisType.Auto,) * 2)

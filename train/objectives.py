@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxlab.tiled import tiled_cross_entropy
+from sharding.tokens import over_tokens
 
 Metrics = dict[str, tuple[Float[Array, ""], Float[Array, ""]]]
 Batch = dict[str, jax.Array]
@@ -45,9 +46,18 @@ class NextToken:
         noise = {"rngs": {"dropout": key}} if "step" in batch else {}
         hidden = apply(params, *inputs_of(batch), method="hidden", **noise)
         head = apply(params, method="unembedding")
-        loss, count, nll = tiled_cross_entropy(
-            hidden, head, batch["targets"], n_tiles=self.tiles, z_loss=self.z_loss, parts=True
-        )
+
+        def sums(tokens, head):
+            return tiled_cross_entropy(
+                tokens[0], head, tokens[1], n_tiles=self.tiles, z_loss=self.z_loss, parts=True,
+                consecutive=True,
+            )  # fmt: skip
+
+        tokens = hidden, batch["targets"]
+        if self.tiles == 1:
+            loss, count, nll = sums(tokens, head)
+        else:
+            loss, count, nll = over_tokens(sums, tokens, head, pieces=self.tiles, total=True)
         # What is reported is in nats, whatever is added to what is minimised.
         metrics = {"loss": (nll, count)}
         return loss, metrics | ({"z_loss": (loss - nll, count)} if self.z_loss else {})

@@ -5,19 +5,20 @@ Source: papers' note on UPipe, section 9.
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple, get_args
 
 import jax
 from jax.sharding import AxisType
 
-from sharding.context.schedule import check_groups, check_heads, head_schedule
+from sharding.context.schedule import check_groups, check_heads, head_schedule, shareable
 from sharding.context.zigzag import check_zigzag, nearest_multiples
 from sharding.mesh import AXES
 
-METHODS = ("none", "ulysses", "upipe", "ring", "allgather", "usp", "upipe_ring")
-LAYOUTS = ("contiguous", "zigzag")
-CORES = ("auto", "dense", "blockwise", "splash", "cudnn")
-STAGE_POLICIES = ("nothing", "attn_out")
+Method = Literal["none", "ulysses", "upipe", "ring", "allgather", "usp", "upipe_ring"]
+Layout = Literal["contiguous", "zigzag"]
+Core = Literal["auto", "dense", "blockwise", "splash", "cudnn"]
+StagePolicy = Literal["nothing", "attn_out"]
+METHODS, LAYOUTS, CORES, STAGE_POLICIES = map(get_args, (Method, Layout, Core, StagePolicy))
 
 # Sequence shards become head shards over 'context'; those of them that do so in stages.
 BY_HEADS = ("ulysses", "upipe", "usp", "upipe_ring")
@@ -32,22 +33,18 @@ BALANCED = ("ring", "allgather", *TWO_LEVEL)
 class ContextConfig:
     """How attention works on a sharded sequence: keywords of `attention_layer`."""
 
-    method: Annotated[
-        Literal["none", "ulysses", "upipe", "ring", "allgather", "usp", "upipe_ring"],
-        "how tokens of other shards are seen; none: left to the compiler",
-    ] = "none"
+    method: Annotated[Method, "how tokens of other shards are seen; none: left to the compiler"] = (
+        "none"
+    )
     heads_per_stage: Annotated[
         int | None, "query heads at a time, upipe methods only; none: as few as possible"
     ] = None
-    layout: Annotated[
-        Literal["contiguous", "zigzag"], "order of tokens over devices; zigzag balances causal work"
-    ] = "contiguous"
-    core: Annotated[
-        Literal["auto", "dense", "blockwise", "splash", "cudnn"],
-        "attention of one device; auto: by its platform",
-    ] = "auto"
+    layout: Annotated[Layout, "order of tokens over devices; zigzag balances causal work"] = (
+        "contiguous"
+    )
+    core: Annotated[Core, "attention of one device; auto: by its platform"] = "auto"
     stage_policy: Annotated[
-        Literal["nothing", "attn_out"], "what a stage of an upipe method keeps for the backward"
+        StagePolicy, "what a stage of an upipe method keeps for the backward"
     ] = "nothing"
 
 
@@ -134,10 +131,10 @@ def check_context(
 
 
 def _check_heads(sizes: Sizes, method, num_heads, num_kv_heads, heads_per_stage) -> None:
-    tensor = sizes.tensor
-    for name, count in (("num_heads", num_heads), ("num_kv_heads", num_kv_heads)):
+    tensor, heads = sizes.tensor, (num_heads, num_kv_heads)
+    for name, count in zip(("num_heads", "num_kv_heads"), heads, strict=True):
         if count % tensor:
-            legal = [n for n in range(1, count + 1) if count % n == 0]
+            legal = [n for n in range(1, num_kv_heads + 1) if _shares(sizes, method, n, *heads)]
             raise ValueError(
                 f"{name}={count} is not divisible by tensor={tensor}; use tensor in {legal}"
             )
@@ -154,13 +151,16 @@ def _check_heads(sizes: Sizes, method, num_heads, num_kv_heads, heads_per_stage)
         raise ValueError(f"{error} (heads of one of tensor={tensor} ranks)") from error
 
 
+def _shares(sizes: Sizes, method, tensor, num_heads, num_kv_heads) -> bool:
+    """Whether `tensor` ranks can have these heads, and the method those of one rank."""
+    if num_heads % tensor or num_kv_heads % tensor:
+        return False
+    by_heads = method in BY_HEADS
+    return not by_heads or shareable(num_heads // tensor, num_kv_heads // tensor, sizes.context)
+
+
 def _check_lengths(sizes: Sizes, method, seq_len, batch, layout) -> None:
     shards = sizes.ring * sizes.context
-    if seq_len < 1 or seq_len % shards:
-        raise ValueError(
-            f"seq_len={seq_len} is not divisible by ring={sizes.ring} * context={sizes.context} "
-            f"= {shards}; nearest: {nearest_multiples(seq_len, shards)}"
-        )
     if layout == "zigzag":
         if method not in BALANCED:
             raise ValueError(
@@ -171,6 +171,11 @@ def _check_lengths(sizes: Sizes, method, seq_len, batch, layout) -> None:
             check_zigzag(seq_len, sizes.ring, sizes.context)
         else:
             check_zigzag(seq_len, sizes.context)
+    if seq_len < 1 or seq_len % shards:
+        raise ValueError(
+            f"seq_len={seq_len} is not divisible by ring={sizes.ring} * context={sizes.context} "
+            f"= {shards}; nearest: {nearest_multiples(seq_len, shards)}"
+        )
     rows = sizes.data * sizes.fsdp
     if batch < 1 or batch % rows:
         raise ValueError(

@@ -42,10 +42,14 @@ def find_core(
         "dense": (dense_attention, True),
         "blockwise": (blockwise_attention, True),
         # Kernels do not say how their results vary over the mesh.
-        "splash": (functools.partial(splash_attention, interpret=platform != "tpu"), False),
+        "splash": (splash_attention if platform == "tpu" else _interpreted, False),
         "cudnn": (_cudnn, False),
     }
     return cores[core]
+
+
+# A name: what is made anew at every call is compiled anew.
+_interpreted = functools.partial(splash_attention, interpret=True)
 
 
 def _cudnn_problem(platform: str, q, rule: Rule, segment_ids) -> str:

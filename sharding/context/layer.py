@@ -57,6 +57,8 @@ def attention_layer(
     papers' note.
     """
     x, wq, wk, wv, wo = (jnp.asarray(a) for a in (x, wq, wk, wv, wo))
+    given = (segment_ids, inv_freq, q_norm, k_norm)
+    segment_ids, inv_freq, q_norm, k_norm = (_array_or_none(a) for a in given)
     _check_weights(x, wq, wk, wv, wo, inv_freq, q_norm, k_norm)
     b, s, _ = x.shape
     (_, h, d), hk = wq.shape, wk.shape[1]
@@ -68,12 +70,20 @@ def attention_layer(
     )  # fmt: skip
     if positions is not None:
         positions = jnp.asarray(positions)
-        if positions.shape not in ((b, s), (1, s)):
-            raise ValueError(f"positions must be {(b, s)} or {(1, s)}, got {positions.shape}")
+        whole = jnp.issubdtype(positions.dtype, jnp.integer)
+        if positions.shape not in ((b, s), (1, s)) or not whole:
+            raise ValueError(
+                f"positions must be integers {(b, s)} or {(1, s)}, got {positions.dtype} "
+                f"{positions.shape}"
+            )
         positions = jnp.broadcast_to(positions, (b, s))
     weights = Weights(*(w.astype(x.dtype) for w in (wq, wk, wv, wo)))
     y = _traced(_layer, core)(plan, x, weights, positions, segment_ids, inv_freq, q_norm, k_norm)
     return checkpoint_name(y, "attn_y")
+
+
+def _array_or_none(value: Any) -> Any:
+    return None if value is None else jnp.asarray(value)
 
 
 def _traced(function: Callable, core: str | Callable) -> Callable:
@@ -140,6 +150,7 @@ def context_attention(
             f"inside a stage; here use one of {[m for m in METHODS if m not in STAGED]}"
         )
     q, k, v = (jnp.asarray(a) for a in (q, k, v))
+    segment_ids = _array_or_none(segment_ids)
     plan = make_plan(
         q, k, v, mesh, method, layout, core, "nothing", None, segment_ids,
         causal=causal, scale=scale, window=window, softcap=softcap,

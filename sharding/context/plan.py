@@ -6,9 +6,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Int
 
+from jaxlab.arguments import check_count
 from jaxlab.attention import blockwise_attention
 from jaxlab.masks import Rule, check_attention
 from sharding.context.checks import (
@@ -111,6 +113,9 @@ def make_plan(
     """The plan of a call on q, k, v of these shapes; ValueError, before anything runs, if there is none."""
     check_names(method, layout, core, policy)
     mesh = current_mesh() if mesh is None else mesh
+    _check_mesh(mesh)
+    if heads_per_stage is not None:
+        heads_per_stage = check_count("heads_per_stage", heads_per_stage, 1)
     h, hk, s = q.shape[2], k.shape[2], q.shape[1]
     check_context(
         mesh, method=method, num_heads=h, num_kv_heads=hk, seq_len=s, batch=q.shape[0],
@@ -122,6 +127,11 @@ def make_plan(
     )  # fmt: skip
     if method in BALANCED and callable(core):
         raise ValueError(f"core={core!r}: {method!r} has attention of its own, give a name")
+    if method in ("ring", *TWO_LEVEL) and k.shape != v.shape:
+        raise ValueError(
+            f"method={method!r} sends keys and values as one: v must have the head dim {k.shape[3]} of "
+            f"k, got {v.shape[3]}"
+        )
     sizes, platform = mesh_sizes(mesh), _platform(mesh)
     # Without shard_map, of method 'none', the compiler splits the work, which it cannot with kernels.
     whole_mesh = math.prod(sizes) if method == "none" else 1
@@ -141,12 +151,24 @@ def make_plan(
         zigzag=layout == "zigzag",
         schedule=schedule,
         policy=policy,
-        copies=replication(hk // sizes.tensor, sizes.context),
+        copies=replication(hk // sizes.tensor, sizes.context) if method in BY_HEADS else 1,
         rope_factor=rope_factor,
         norm_eps=norm_eps,
     )
     # What goes round a ring is computed here, not by a kernel.
     return plan if plan.ring is None else plan._replace(core=blockwise_attention, typed=True)
+
+
+def _check_mesh(mesh) -> None:
+    if mesh is None:
+        return
+    if not isinstance(mesh, jax.sharding.Mesh | jax.sharding.AbstractMesh):
+        raise ValueError(f"mesh must be a jax.sharding.Mesh or None, got {type(mesh).__name__}")
+    if AxisType.Explicit in mesh.axis_types:
+        raise ValueError(
+            f"mesh has axis types {mesh.axis_types}; all must be AxisType.Auto, as those of "
+            f"sharding.mesh.make_mesh"
+        )
 
 
 def _platform(mesh) -> str:

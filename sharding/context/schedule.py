@@ -112,14 +112,14 @@ def check_heads(num_heads: int, num_kv_heads: int, cp_size: int) -> None:
     check_groups(num_heads, num_kv_heads)
     if cp_size < 1:
         raise ValueError(f"context={cp_size} must be at least 1")
-    legal = [c for c in range(1, num_heads + 1) if _shares(num_heads, num_kv_heads, c)]
+    legal = [c for c in range(1, num_heads + 1) if shareable(num_heads, num_kv_heads, c)]
     given = f"num_heads={num_heads}, num_kv_heads={num_kv_heads}"
     if num_heads % cp_size:
         raise ValueError(
             f"num_heads={num_heads} is not divisible by context={cp_size}; for {given} use "
             f"context in {legal}"
         )
-    if not _shares(num_heads, num_kv_heads, cp_size):
+    if not shareable(num_heads, num_kv_heads, cp_size):
         raise ValueError(
             f"num_kv_heads={num_kv_heads} and context={cp_size}: one must divide the other; for "
             f"{given} use context in {legal}"
@@ -136,5 +136,6 @@ def check_groups(num_heads: int, num_kv_heads: int) -> None:
         )
 
 
-def _shares(num_heads: int, num_kv_heads: int, c: int) -> bool:
+def shareable(num_heads: int, num_kv_heads: int, c: int) -> bool:
+    """Whether `c` devices can share these heads."""
     return num_heads % c == 0 and (num_kv_heads % c == 0 or c % num_kv_heads == 0)

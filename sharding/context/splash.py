@@ -20,7 +20,7 @@ from jaxtyping import Array, Float, Int
 from jaxlab.masks import Rule
 
 _LANES = 128  # of a TPU register: what lengths and head dims must be multiples of
-_MOST_BLOCKS = 512 * 512  # of a piece: more of them in a table do not fit in the scalar memory
+_MOST_BLOCKS = 128 * 1024  # of a piece: two tables of them fill most of the scalar memory
 _LEAST_BLOCKS = 64  # a side of a piece, where the table allows it: fewer are not worth a kernel
 
 

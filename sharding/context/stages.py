@@ -61,7 +61,8 @@ class Exchange(NamedTuple):
         """All tokens of some heads."""
         if self.axis is None:
             return x
-        return jax.lax.all_to_all(x, self.axis, split_axis=2, concat_axis=1, tiled=True)
+        x = rearrange(x, "b s (c m) k -> c b s m k", c=jax.lax.axis_size(self.axis))
+        return rearrange(self._swap(x), "c b s m k -> b (c s) m k")
 
     def keys(self, x: Float[Array, "b s hk k"]) -> Float[Array, "b t m k"]:
         """`to_heads` of keys or values."""
@@ -71,7 +72,13 @@ class Exchange(NamedTuple):
         """Some tokens of all heads."""
         if self.axis is None:
             return x
-        return jax.lax.all_to_all(x, self.axis, split_axis=1, concat_axis=2, tiled=True)
+        x = rearrange(x, "b (c s) m k -> c b s m k", c=jax.lax.axis_size(self.axis))
+        return rearrange(self._swap(x), "c b s m k -> b s (c m) k")
+
+    def _swap(self, x):
+        # Parts lie one after the other: with a split between tokens and heads the TPU compiler makes
+        # copies in which a single head is padded to two.
+        return jax.lax.all_to_all(x, self.axis, split_axis=0, concat_axis=0, tiled=True)
 
 
 class Layer(NamedTuple):
@@ -118,7 +125,7 @@ def staged(
     wq = rearrange(w.wq, "d (o r j t i) k -> o t d (r j i) k", **cut)
     wo = rearrange(w.wo, "(o r j t i) k d -> o t (r j i) k d", **cut)
     wk, wv = (rearrange(y, "d (o u) k -> o d u k", o=schedule.n_outer) for y in (w.wk, w.wv))
-    sink, x = x, jax.lax.stop_gradient(x)
+    sink = x
 
     def chunk(carry, weights):
         y, sink = carry
@@ -129,12 +136,41 @@ def staged(
             y, sink = carry
             wq, wo = weights
             q, sink = layer.queries(x, wq, sink)
-            return (y + layer.outputs(layer.attend(q, k, v), wo), sink), None
+            return (_add(y, layer.outputs(layer.attend(q, k, v), wo)), sink), None
 
         return jax.lax.scan(remat(stage), (y, sink), (wq, wo))
 
-    y = vary_like(jnp.zeros(x.shape[:2] + w.wo.shape[2:], x.dtype), x, w)
-    return jax.lax.scan(remat(chunk), (y, sink), (wq, wo, wk, wv))[0][0]
+    zero = vary_like(jnp.zeros(x.shape[:2] + w.wo.shape[2:], x.dtype), x, w)
+    # Of a narrow type two numbers, the sum and what it lost, or many stages would lose digits.
+    narrow = jnp.finfo(x.dtype).bits < 32
+    start = (zero, zero if narrow else None), sink
+    return jax.lax.scan(remat(chunk), start, (wq, wo, wk, wv))[0][0][0]
+
+
+def _add(y, part):
+    """`part` added to a sum (high, low); low None: plainly."""
+    high, low = y
+    if low is None:
+        return high + part, None
+    high, low = _compensated(high, jax.lax.stop_gradient(low), part)
+    return high, jax.lax.stop_gradient(low)
+
+
+# The derivative is that of a plain sum, in the narrow type: a wide sum would have a wide gradient.
+@jax.custom_vjp
+def _compensated(high, low, part):
+    kind = jnp.finfo(high.dtype)
+    total = sum(x.astype(jnp.float32) for x in (high, low, part))
+    # Not a conversion there and back, which compilers may leave out.
+    rounded = jax.lax.reduce_precision(total, kind.nexp, kind.nmant)
+    return rounded.astype(high.dtype), (total - rounded).astype(high.dtype)
+
+
+def _compensated_backward(_, cotangents):
+    return cotangents[0], None, cotangents[0]
+
+
+_compensated.defvjp(lambda *args: (_compensated(*args), None), _compensated_backward)
 
 
 def _project(x, w, sink):
