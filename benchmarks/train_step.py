@@ -43,7 +43,7 @@ TOLERANCE = {"float32": 1e-3, "bfloat16": 2e-2}  # of the loss, nats a token
 # About a billion parameters, bfloat16 compute: the shape for the GPU.
 BILLION = DecoderConfig(
     vocab=32_768, layers=16, d_model=2048, heads=16, kv_heads=8, head_dim=128, mlp=7168,
-    attention="blockwise", remat="none",
+    remat="none",
 )  # fmt: skip
 
 

@@ -24,7 +24,7 @@ def run() -> Run:
         model=DecoderConfig(
             vocab=128_256, layers=16, d_model=2048, heads=32, kv_heads=8, head_dim=64, mlp=8192,
             tied=True, rope_theta=500_000.0, rope_scaling=Llama3Scaling(factor=32.0), norm_eps=1e-5,
-            attention="blockwise", remat="full", dtype="bfloat16",
+            remat="full", dtype="bfloat16",
         ),
         objective=NextToken(tiles=16),
         source=Text(files=("data/*.parquet",), tokenizer="tokenizer.json", seq_len=8192),

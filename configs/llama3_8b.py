@@ -22,7 +22,7 @@ def run() -> Run:
     return Run(
         model=DecoderConfig(
             vocab=128_256, layers=32, d_model=4096, heads=32, kv_heads=8, head_dim=128, mlp=14_336,
-            rope_theta=500_000.0, norm_eps=1e-5, attention="blockwise", remat="full",
+            rope_theta=500_000.0, norm_eps=1e-5, remat="full",
             dtype="bfloat16",
         ),
         objective=NextToken(tiles=16),

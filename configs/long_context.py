@@ -18,7 +18,7 @@ def run() -> Run:
     """Two blocks of 8 query heads on 4 key/value heads; nothing of full length but the residuals."""
     return Run(
         model=DecoderConfig(
-            layers=2, d_model=64, heads=8, kv_heads=4, head_dim=8, mlp=128, attention="blockwise",
+            layers=2, d_model=64, heads=8, kv_heads=4, head_dim=8, mlp=128,
             context=ContextConfig("upipe"), mlp_tiles=4, remat="attn_y",
         ),
         objective=NextToken(tiles=8),

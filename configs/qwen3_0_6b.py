@@ -23,7 +23,7 @@ def run() -> Run:
         model=DecoderConfig(
             vocab=151_936, layers=28, d_model=1024, heads=16, kv_heads=8, head_dim=128, mlp=3072,
             qk_norm=True, tied=True, rope_theta=1_000_000.0, norm_eps=1e-6,
-            attention="blockwise", remat="full", dtype="bfloat16",
+            remat="full", dtype="bfloat16",
         ),
         objective=NextToken(tiles=16),
         source=Text(files=("data/*.parquet",), tokenizer="tokenizer.json", seq_len=8192),

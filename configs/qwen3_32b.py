@@ -23,7 +23,7 @@ def run() -> Run:
         model=DecoderConfig(
             vocab=151_936, layers=64, d_model=5120, heads=64, kv_heads=8, head_dim=128, mlp=25_600,
             qk_norm=True, rope_theta=1_000_000.0, norm_eps=1e-6,
-            attention="blockwise", remat="full", dtype="bfloat16",
+            remat="full", dtype="bfloat16",
         ),
         objective=NextToken(tiles=16),
         source=Text(files=("data/*.parquet",), tokenizer="tokenizer.json", seq_len=8192),

@@ -12,11 +12,12 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from jaxlab.rope import LinearScaling, Llama3Scaling, YarnScaling, rope_frequencies
-from models.layers import ATTENTION, MLP, RMSNorm, compute_dtype, weight
+from models.layers import MLP, RMSNorm, compute_dtype, weight
 from models.mixers import MIXERS, TTT, LaCT, LinearAttention, check_chunks_of, check_mixers
 from models.remat import REMAT
 from sharding.context import ContextConfig, check_context, zigzag_permutation
 from sharding.context.checks import TWO_LEVEL, check_names
+from sharding.context.cores import check_core
 from sharding.rules import constrain
 
 
@@ -35,9 +36,6 @@ class DecoderConfig:
     lact: LaCT = LaCT()
     ttt: TTT = TTT()
     linear: LinearAttention = LinearAttention()
-    attention: Annotated[Literal["dense", "blockwise"], "how softmax attention is computed"] = (
-        "dense"
-    )
     context: ContextConfig = ContextConfig()
     mlp_tiles: Annotated[int, "sequence tiles of the MLP; more tiles, less memory"] = 1
     qk_norm: Annotated[bool, "RMSNorm on queries and keys (Qwen 3)"] = False
@@ -82,8 +80,6 @@ class DecoderConfig:
                 f"of model.pattern={self.pattern}"
             )
         check_mixers(self)
-        if self.attention not in ATTENTION:
-            raise ValueError(f"model.attention={self.attention!r}; allowed are {list(ATTENTION)}")
         tensor = mesh_sizes.get("tensor", 1)
         for name in ("heads", "kv_heads"):
             if getattr(self, name) % tensor:
@@ -94,10 +90,13 @@ class DecoderConfig:
                     f"use mesh.tensor in {legal}"
                 )
 
-    def order(self, mesh_sizes: dict[str, int], length: int) -> np.ndarray | None:
+    def order(
+        self, mesh_sizes: dict[str, int], length: int, platform: str = "", packed: bool = True
+    ) -> np.ndarray | None:
         """The natural index of the token that goes to each place of a row; None: natural order.
 
-        ValueError for a method, or tiles, that `length` tokens on this mesh cannot have.
+        ValueError for a method, or tiles, that `length` tokens on this mesh cannot have, and for a
+        kernel that they cannot have on `platform`, if it is given; `packed`: with segment ids.
         """
         c, sizes = self.context, mesh_sizes
         ring, context = sizes.get("ring", 1), sizes.get("context", 1)
@@ -108,6 +107,12 @@ class DecoderConfig:
                 seq_len=length, batch=sizes.get("data", 1) * sizes.get("fsdp", 1),
                 heads_per_stage=c.heads_per_stage, layout=c.layout,
             )  # fmt: skip
+            if "attention" in self.pattern:
+                check_core(
+                    sizes, platform, method=c.method, core=c.core, stage_policy=c.stage_policy,
+                    seq_len=length, head_dim=self.head_dim, packed=packed,
+                    dtype=compute_dtype(self.dtype, platform),
+                )  # fmt: skip
         except ValueError as error:
             of_field = str(error).partition("=")[0] in vars(c)
             where = "" if of_field else f"method={c.method!r}: "

@@ -59,9 +59,11 @@ class DiTConfig:
                 "here use 'contiguous'"
             )
 
-    def order(self, mesh_sizes: dict[str, int], length: int) -> None:
+    def order(
+        self, mesh_sizes: dict[str, int], length: int, platform: str = "", packed: bool = True
+    ) -> None:
         """None, the natural order of tokens; ValueError for rows that the context cannot have."""
-        self._like().order(mesh_sizes, length)
+        self._like().order(mesh_sizes, length, platform, packed)
 
     def inputs(self, batch: dict[str, jax.ShapeDtypeStruct]) -> tuple[jax.ShapeDtypeStruct, ...]:
         """What `init` is traced with, one row of a batch of this kind."""

@@ -13,8 +13,9 @@ from jaxlab.attention import apply_rope
 from jaxlab.rope import rope_frequencies
 from jaxlab.ttt import FastWeights, InnerConfig, PackedState, packed_state, ttt, ttt_packed
 from models.cache import NOWHERE, RingCache
-from models.layers import ATTENTION, RMSNorm, SequenceLayer, constant, linear, weight
+from models.layers import RMSNorm, SequenceLayer, constant, linear, weight
 from models.ttt import places_of
+from sharding.context.cores import without_kernel
 from sharding.context.ttt import context_ttt
 from sharding.rules import constrain
 
@@ -56,7 +57,7 @@ class LaCTLayer(SequenceLayer):
     learnable_scale: bool = True
     rope_theta: float = 1e6
     base_rate: float = 1e-3
-    attention: str = "dense"
+    core: str = "dense"
     depth: int = 1  # layers of the whole network: the output starts the smaller
     dtype: str = "float32"
     param_dtype: str = "float32"
@@ -113,7 +114,7 @@ class LaCTLayer(SequenceLayer):
         y, state = self._learn(x, fast, turn, segment_ids, state)
         q, k, v = turn(q), turn(k), heads(v)
         q = constrain(q, "batch", "length", "act_heads", None)
-        attend = ATTENTION[self.attention]
+        attend = without_kernel(self.core)
         if state is None:
             out = attend(q, k, v, causal=True, window=self.window, segment_ids=segment_ids)
         else:

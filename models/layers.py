@@ -12,7 +12,6 @@ follow those that the state has seen, and segment 0 is padding, which leaves no 
 
 import dataclasses
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -22,17 +21,16 @@ from flax import struct
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-from jaxlab.attention import apply_rope, blockwise_attention, dense_attention
+from jaxlab.attention import apply_rope
 from jaxlab.lora import lora_delta, lora_product
 from jaxlab.norm import rms_norm
 from jaxlab.rope import rope_factor
 from jaxlab.tiled import tiled_mlp
 from models.cache import NOWHERE, KVCache
-from sharding.context import attention_layer
+from sharding.context import attention_layer, automatic_attention
+from sharding.context.cores import without_kernel
 from sharding.rules import constrain
 from sharding.tokens import over_tokens
-
-ATTENTION: dict[str, Callable] = {"dense": dense_attention, "blockwise": blockwise_attention}
 
 
 def compute_dtype(dtype: str, platform: str) -> str:
@@ -186,11 +184,11 @@ class Attention(nn.Module):
         key = apply_rope(key, positions, inv_freq, factor)
         q = constrain(q, "batch", "length", "act_heads", None)
         if state is None:
-            out = ATTENTION[c.attention](q, key, v, causal=True, segment_ids=segment_ids)
+            out = automatic_attention(q, key, v, segment_ids=segment_ids, core=c.context.core)
         else:
             seen = positions if segment_ids is None else jnp.where(segment_ids, positions, NOWHERE)
             state = state.append(key, v, seen)
-            out = state.attend(ATTENTION[c.attention], q, positions)
+            out = state.attend(without_kernel(c.context.core), q, positions)
         return checkpoint_name(wo(out), "attn_y"), state
 
 

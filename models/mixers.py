@@ -51,7 +51,7 @@ def _lact(c, **how) -> LaCTLayer:
     return LaCTLayer(
         attn_heads=c.heads, ttt_heads=s.heads, inter_multi=s.inter_multi, window=s.window,
         inner=s.inner, low_rank=s.low_rank, qk_norm=c.qk_norm, rope_theta=s.rope_theta,
-        base_rate=s.base_rate, attention=c.attention, **_common(c), **how,
+        base_rate=s.base_rate, core=c.context.core, **_common(c), **how,
     )  # fmt: skip
 
 

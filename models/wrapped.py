@@ -25,9 +25,11 @@ class Wrapped:
         """ValueError for what cannot be built, naming the field and what is allowed."""
         self._of_base(self.base.check, mesh_sizes)
 
-    def order(self, mesh_sizes: dict[str, int], length: int) -> np.ndarray | None:
+    def order(
+        self, mesh_sizes: dict[str, int], length: int, platform: str = "", packed: bool = True
+    ) -> np.ndarray | None:
         """As the base's."""
-        return self._of_base(self.base.order, mesh_sizes, length)
+        return self._of_base(self.base.order, mesh_sizes, length, platform, packed)
 
     def inputs(self, batch: dict[str, jax.ShapeDtypeStruct]) -> tuple[jax.ShapeDtypeStruct, ...]:
         """As the base's."""

@@ -111,7 +111,7 @@ WRONG = [
     ("negative-lr", "train tiny optimizer.lr=-1", "optimizer.lr=-1.0 must be finite and >= 0"),
     ("warmup", "train tiny optimizer.warmup=-1", "optimizer.warmup=-1 must be at least 0"),
     ("optimizer", "train tiny optimizer.name=adamm", "did you mean 'adamw'"),
-    ("attention", "train tiny model.attention=flash", "not one of dense, blockwise"),
+    ("attention", "train tiny model.context.core=flash", "not one of auto, dense, blockwise"),
     ("dtype", "train tiny model.dtype=float8", "not one of auto, float32, bfloat16"),
     ("odd-head", "train tiny model.head_dim=15", "model.head_dim=15 must be even"),
     ("kv-heads", "train tiny model.kv_heads=3", "model.kv_heads=3 must divide model.heads=4"),
@@ -316,7 +316,7 @@ def test_inspect_eval_and_sample_read_a_run(place):
     assert texts.count("--- prompt") == 4 and "sample 2 ---\ntwo" in texts
     # A run of eight devices: on two it falls back to one, on eight its own mesh is used.
     for devices in (2, 8):
-        fields = ("batch=8", "evaluators.0.batches=1", "model.attention=blockwise")
+        fields = ("batch=8", "evaluators.0.batches=1", "model.context.core=dense")
         assert '"valid/loss"' in jaxlab("eval", "run", *fields, cwd=place, devices=devices).stdout
     assert snapshot(place) == before
 

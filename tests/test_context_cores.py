@@ -47,7 +47,7 @@ def shape(*sizes, dtype="bfloat16"):
 def test_auto_takes_the_kernel_of_the_platform_where_it_can(
     platform, devices, q, rule, packed, expected
 ):
-    core, _ = find_core("auto", platform, devices, q, rule, packed or None)
+    core, *_ = find_core("auto", platform, devices, q, rule, packed or None)
     name = getattr(core, "func", core).__name__.strip("_")
     assert name.removesuffix("_attention") == expected
 

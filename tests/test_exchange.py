@@ -176,7 +176,7 @@ def test_defaults_suit_the_size_of_the_model(tmp_path, monkeypatch):
     import_hf(tmp_path / "m", tmp_path / "run", SMALL_RUN[:2])
     run = load_run(tmp_path / "run")
     assert run.objective.tiles == 2 and run.mesh == MeshShape()
-    assert (run.model.attention, run.model.remat) == ("blockwise", "full")
+    assert (run.model.context.core, run.model.remat) == ("auto", "full")
 
 
 @pytest.fixture

@@ -13,6 +13,7 @@ from jaxlab.rope import YarnScaling
 from jaxlab.sampling import GREEDY, Sampling
 from models.decoder import DecoderConfig, unroll
 from models.generate import decode, generate, prefill
+from sharding.context import ContextConfig
 from sharding.mesh import MeshShape, make_mesh
 from sharding.rules import shardings
 from train.state import init_params, logical_axes
@@ -28,8 +29,12 @@ MODELS = {
         tied=True,
         rope_scaling=YarnScaling(factor=4.0, original_max_position_embeddings=8),
     ),
-    "gqa2, two to a block, blockwise": DecoderConfig(
-        **BASE, heads=8, kv_heads=4, pattern=("attention", "attention"), attention="blockwise"
+    "gqa2, two to a block, dense": DecoderConfig(
+        **BASE,
+        heads=8,
+        kv_heads=4,
+        pattern=("attention", "attention"),
+        context=ContextConfig(core="dense"),
     ),
 }
 LENGTHS = (9, 1, 5, 8)
@@ -202,7 +207,7 @@ def test_the_loop_ends_when_all_rows_have():
 
 
 def test_pieces_with_a_donated_state_equal_one_call():
-    config = MODELS["gqa2, two to a block, blockwise"]
+    config = MODELS["gqa2, two to a block, dense"]
     tokens, lengths = prompts(config)
     whole = run(config, tokens, lengths, jax.random.key(6), new=12, samples=2, stop=(5, 9))
     module, params = unroll(*model(config))

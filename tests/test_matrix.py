@@ -39,7 +39,12 @@ SMALL = DecoderConfig(layers=2, d_model=16, heads=4, kv_heads=4, head_dim=4, mlp
 MODELS = {
     "decoder": SMALL,
     "qk-norm-tied-remat": dataclasses.replace(
-        SMALL, attention="blockwise", qk_norm=True, tied=True, remat="full", dropout=0.1
+        SMALL,
+        context=ContextConfig(core="dense"),
+        qk_norm=True,
+        tied=True,
+        remat="full",
+        dropout=0.1,
     ),
     "two-mixers": dataclasses.replace(SMALL, pattern=("attention", "attention"), remat="attention"),
 }

@@ -92,7 +92,6 @@ def _model(directory: hf.Directory, lora_rank: int, adapter: Path | None):
         raise ValueError(f"--lora {lora_rank} and --adapter {adapter} exclude each other")
     base = dataclasses.replace(
         directory.config,
-        attention="blockwise",
         remat="full" if directory.parameters >= LARGE else "none",
         param_dtype=directory.dtype if lora_rank or adapter is not None else "float32",
     )

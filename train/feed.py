@@ -45,14 +45,17 @@ def one_part(ranges: list[tuple[int, int]], batch: int) -> tuple[int, int]:
     return (0, 0) if gaps or batch % size or start % size else (start // size, batch // size)
 
 
-def token_order(model: Any, spec: dict[str, jax.ShapeDtypeStruct], sizes) -> np.ndarray | None:
+def token_order(
+    model: Any, spec: dict[str, jax.ShapeDtypeStruct], sizes, platform: str = ""
+) -> np.ndarray | None:
     """The order in which `model` wants the tokens of a row; None: as the source has them.
 
-    ValueError when it cannot take rows of this length on a mesh of these sizes.
+    ValueError when it cannot take rows of this length on a mesh of these sizes, or have the kernel it
+    names on `platform`.
     """
     if not hasattr(model, "order"):
         return None
-    return model.order(sizes, spec["tokens"].shape[1])
+    return model.order(sizes, spec["tokens"].shape[1], platform, "segment_ids" in spec)
 
 
 def global_batch(fetch: Callable[[slice], dict[str, np.ndarray]], spec, mesh: Mesh, order=None):

@@ -91,7 +91,7 @@ class Run:
 
 
 # Fields of a model that say how it is computed; what is learnt is the same.
-HOW = ("dtype", "param_dtype", "remat", "attention", "context", "mlp_tiles")
+HOW = ("dtype", "param_dtype", "remat", "context", "mlp_tiles")
 COMPUTED = tuple(f"{model}.{field}" for model in ("model", "model.base") for field in HOW)
 # Fields, or groups of fields, that may differ between a run and its resumption.
 FREE = ("mesh", "log_every", "eval_every", "save_every", "keep", "max_bad_steps", "evaluators",

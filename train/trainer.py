@@ -72,7 +72,9 @@ def build(run: Run, devices=None) -> Program:
     mesh = make_mesh(run.mesh, devices)
     spec = run.source.spec(run.batch)
     inputs = run.model.inputs(spec)
-    module = run.model.build(mesh.devices.flat[0].platform)
+    platform = mesh.devices.flat[0].platform
+    order = token_order(run.model, spec, dict(mesh.shape), platform)
+    module = run.model.build(platform)
 
     def apply(params, *args, **kwargs):
         return module.apply({"params": params}, *args, **kwargs)
@@ -106,7 +108,6 @@ def build(run: Run, devices=None) -> Program:
 
     init = jax.jit(born, out_shardings=placed)
     warm = jax.jit(first, donate_argnums=0, out_shardings=placed)
-    order = token_order(run.model, spec, dict(mesh.shape))
     batch = abstract_batch(spec, mesh)
     return Program(run, mesh, apply, step, init, warm, abstract, batch, order)
 

@@ -48,6 +48,13 @@ class ContextConfig:
     ] = "nothing"
 
 
+def ring_axis(method: str) -> str | None:
+    """The mesh axis over which keys and values go, or are gathered; None: they stay."""
+    if method not in BALANCED:
+        return None
+    return "ring" if method in TWO_LEVEL else "context"
+
+
 class Sizes(NamedTuple):
     """Devices along each mesh axis."""
 
@@ -75,6 +82,31 @@ def mesh_sizes(mesh: Any) -> Sizes:
     if unknown := [name for name in sizes if name not in AXES]:
         raise ValueError(f"mesh axes {unknown} are unknown; the names are {list(AXES)}")
     return Sizes(**sizes)
+
+
+def check_mesh(mesh: Any, method: str) -> None:
+    """ValueError for a mesh on which `method` cannot call shard_map."""
+    if not (mesh is None or isinstance(mesh, jax.sharding.Mesh | jax.sharding.AbstractMesh)):
+        raise ValueError(f"mesh must be a jax.sharding.Mesh or None, got {type(mesh).__name__}")
+    if method == "none":
+        return
+    around = jax.sharding.get_abstract_mesh()
+    if AxisType.Manual in around.axis_types:
+        raise ValueError(
+            f"method={method!r} is a shard_map over the whole mesh and cannot be used inside one: call "
+            f"it outside, or use jaxlab.attention on what a device has"
+        )
+    if mesh is None:
+        return
+    if AxisType.Explicit in mesh.axis_types:
+        raise ValueError(
+            f"mesh has axis types {mesh.axis_types}; all must be AxisType.Auto, as those of "
+            f"sharding.mesh.make_mesh"
+        )
+    if not around.empty and mesh.abstract_mesh != around:
+        raise ValueError(
+            f"mesh={dict(mesh.shape)} is not that of jax.set_mesh, {dict(around.shape)}: leave it None"
+        )
 
 
 def check_names(method: str, layout: str, core: Any, stage_policy: str) -> None:

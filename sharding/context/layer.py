@@ -65,8 +65,9 @@ def attention_layer(
     q = jax.ShapeDtypeStruct((b, s, h, d), x.dtype)
     kv = jax.ShapeDtypeStruct((b, s, hk, d), x.dtype)
     plan = make_plan(
-        q, kv, kv, mesh, method, layout, core, stage_policy, heads_per_stage, segment_ids,
-        rope_factor, norm_eps, causal=causal, scale=scale, window=window, softcap=softcap,
+        q, kv, kv, mesh=mesh, method=method, layout=layout, core=core, policy=stage_policy,
+        heads_per_stage=heads_per_stage, segment_ids=segment_ids, rope_factor=rope_factor,
+        norm_eps=norm_eps, causal=causal, scale=scale, window=window, softcap=softcap,
     )  # fmt: skip
     if positions is not None:
         positions = jnp.asarray(positions)
@@ -152,9 +153,29 @@ def context_attention(
     q, k, v = (jnp.asarray(a) for a in (q, k, v))
     segment_ids = _array_or_none(segment_ids)
     plan = make_plan(
-        q, k, v, mesh, method, layout, core, "nothing", None, segment_ids,
+        q, k, v, mesh=mesh, method=method, layout=layout, core=core, segment_ids=segment_ids,
         causal=causal, scale=scale, window=window, softcap=softcap,
     )  # fmt: skip
+    return _traced(_attention, core)(plan, q, k, v, segment_ids)
+
+
+def automatic_attention(
+    q: Float[Array, "b S H d"],
+    k: Float[Array, "b S Hkv d"],
+    v: Float[Array, "b S Hkv d"],
+    *,
+    segment_ids: Int[Array, "b S"] | None = None,
+    core: str | Callable = "auto",
+) -> Float[Array, "b S H d"]:
+    """Causal `context_attention` by method 'none', rows and lengths as they come.
+
+    By a kernel where the platform has one and every device of the mesh of `jax.set_mesh` can have
+    whole rows and heads; else what the mesh does with it is left to the compiler.
+    """
+    mask: dict[str, Any] = dict(causal=True, scale=None, window=None, softcap=None)
+    plan = make_plan(
+        q, k, v, mesh=None, method="none", core=core, segment_ids=segment_ids, strict=False, **mask
+    )
     return _traced(_attention, core)(plan, q, k, v, segment_ids)
 
 

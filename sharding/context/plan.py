@@ -20,9 +20,11 @@ from sharding.context.checks import (
     TWO_LEVEL,
     Sizes,
     check_context,
+    check_mesh,
     check_names,
     current_mesh,
     mesh_sizes,
+    ring_axis,
 )
 from sharding.context.cores import find_core
 from sharding.context.ring import Ring, gathered_attention, ring_attention
@@ -40,41 +42,25 @@ class Plan(NamedTuple):
     """Everything static about a call. `mesh` None: one device, or automatic sharding."""
 
     mesh: Any
-    method: str
     sizes: Sizes
     rule: Rule
-    core: Callable
+    core: Callable  # not used by those with a ring
     typed: bool  # whether types inside shard_map can be checked
     seq_len: int
-    zigzag: bool
+    exchange: Exchange
+    ring: Ring | None  # of more than one device, which keys and values go round
+    gathered: bool  # all at once, instead of going round
     schedule: HeadSchedule | None  # of the staged methods
     policy: str
-    copies: int
     rope_factor: float
     norm_eps: float
-
-    @property
-    def exchange(self) -> Exchange:
-        """Between tokens and heads, for the methods that do so."""
-        if self.method in BY_HEADS and self.sizes.context > 1:
-            return Exchange("context", self.copies)
-        return Exchange(None, 1)
-
-    @property
-    def ring(self) -> Ring | None:
-        """The ring of the methods that have one of more than one device."""
-        if self.method not in BALANCED:
-            return None
-        axis = "ring" if self.method in TWO_LEVEL else "context"
-        size = getattr(self.sizes, axis)
-        return Ring(axis, size, self.rule, self.seq_len, self.zigzag) if size > 1 else None
 
     def attend(self, segment_ids, q, k, v) -> Any:
         """Attention between the exchanges; `segment_ids` are those of the whole sequence."""
         if self.ring is None:
             arguments: dict[str, Any] = self.rule._asdict()
             return self.core(q, k, v, segment_ids=segment_ids, **arguments)
-        attend = gathered_attention if self.method == "allgather" else ring_attention
+        attend = gathered_attention if self.gathered else ring_attention
         return attend(self.ring, q, k, v, segment_ids)
 
     def positions(self, length: int) -> Int[Array, "1 s"]:
@@ -85,7 +71,7 @@ class Plan(NamedTuple):
             if axis in names:
                 shard = shard * getattr(self.sizes, axis) + jax.lax.axis_index(axis)
         places = shard * length + jnp.arange(length, dtype=jnp.int32)
-        if self.zigzag and self.ring:
+        if self.ring and self.ring.zigzag:
             places = natural_index(places, self.seq_len, self.ring.size)
         return places[None]
 
@@ -107,20 +93,24 @@ class Plan(NamedTuple):
 
 
 def make_plan(
-    q, k, v, mesh, method, layout, core, policy, heads_per_stage, segment_ids,
-    rope_factor=1.0, norm_eps=1e-6, **mask,
+    q, k, v, *, mesh, method, core, segment_ids, layout="contiguous", policy="nothing",
+    heads_per_stage=None, rope_factor=1.0, norm_eps=1e-6, strict=True, **mask,
 ) -> Plan:  # fmt: skip
-    """The plan of a call on q, k, v of these shapes; ValueError, before anything runs, if there is none."""
+    """The plan of a call on q, k, v of these shapes; ValueError, before anything runs, if there is none.
+
+    `strict` False, for method 'none' only: the mesh need not divide rows and lengths.
+    """
     check_names(method, layout, core, policy)
     mesh = current_mesh() if mesh is None else mesh
-    _check_mesh(mesh)
+    check_mesh(mesh, method)
     if heads_per_stage is not None:
         heads_per_stage = check_count("heads_per_stage", heads_per_stage, 1)
-    h, hk, s = q.shape[2], k.shape[2], q.shape[1]
-    check_context(
-        mesh, method=method, num_heads=h, num_kv_heads=hk, seq_len=s, batch=q.shape[0],
-        heads_per_stage=heads_per_stage, layout=layout,
-    )  # fmt: skip
+    (b, s, h, _), hk = q.shape, k.shape[2]
+    if strict:
+        check_context(
+            mesh, method=method, num_heads=h, num_kv_heads=hk, seq_len=s, batch=b,
+            heads_per_stage=heads_per_stage, layout=layout,
+        )  # fmt: skip
     rule, _ = check_attention(
         q, k, v, segment_ids=segment_ids, k_segment_ids=None, q_positions=None, k_positions=None,
         **mask,
@@ -132,43 +122,50 @@ def make_plan(
             f"method={method!r} sends keys and values as one: v must have the head dim {k.shape[3]} of "
             f"k, got {v.shape[3]}"
         )
-    sizes, platform = mesh_sizes(mesh), _platform(mesh)
-    # Without shard_map, of method 'none', the compiler splits the work, which it cannot with kernels.
-    whole_mesh = math.prod(sizes) if method == "none" else 1
-    function, typed = find_core(core, platform, whole_mesh, q, rule, segment_ids)
-    schedule = None
+    sizes = mesh_sizes(mesh)
+    ring = _ring(method, sizes, rule, s, layout)
+    function, typed, split = blockwise_attention, True, method != "none"
+    if ring is None:
+        alone = split or _alone(mesh, sizes, b, h, hk)
+        devices = 1 if alone else math.prod(sizes)
+        function, typed, kernel = find_core(core, _platform(mesh), devices, q, rule, segment_ids)
+        split = split or (kernel and alone and math.prod(sizes) > 1)
+    exchange, schedule = Exchange(None, 1), None
+    if method in BY_HEADS and sizes.context > 1:
+        exchange = Exchange("context", replication(hk // sizes.tensor, sizes.context))
     if method in STAGED:
         heads = h // sizes.tensor, hk // sizes.tensor, sizes.context
         schedule = head_schedule(*heads, heads_per_stage or legal_heads_per_stage(*heads)[0])
-    plan = Plan(
-        mesh=None if method == "none" else mesh,
-        method=method,
+    return Plan(
+        mesh=mesh if split else None,
         sizes=sizes,
         rule=rule,
         core=function,
         typed=typed,
         seq_len=s,
-        zigzag=layout == "zigzag",
+        exchange=exchange,
+        ring=ring,
+        gathered=method == "allgather",
         schedule=schedule,
         policy=policy,
-        copies=replication(hk // sizes.tensor, sizes.context) if method in BY_HEADS else 1,
         rope_factor=rope_factor,
         norm_eps=norm_eps,
     )
-    # What goes round a ring is computed here, not by a kernel.
-    return plan if plan.ring is None else plan._replace(core=blockwise_attention, typed=True)
 
 
-def _check_mesh(mesh) -> None:
-    if mesh is None:
-        return
-    if not isinstance(mesh, jax.sharding.Mesh | jax.sharding.AbstractMesh):
-        raise ValueError(f"mesh must be a jax.sharding.Mesh or None, got {type(mesh).__name__}")
-    if AxisType.Explicit in mesh.axis_types:
-        raise ValueError(
-            f"mesh has axis types {mesh.axis_types}; all must be AxisType.Auto, as those of "
-            f"sharding.mesh.make_mesh"
-        )
+def _ring(method: str, sizes: Sizes, rule: Rule, seq_len: int, layout: str) -> Ring | None:
+    """That of the methods that have one, if of more than one device."""
+    axis = ring_axis(method)
+    size = getattr(sizes, axis) if axis else 1
+    return Ring(axis, size, rule, seq_len, layout == "zigzag") if size > 1 else None
+
+
+def _alone(mesh, sizes: Sizes, batch: int, num_heads: int, num_kv_heads: int) -> bool:
+    """Whether every device can have rows and heads of its own, with all tokens of them."""
+    rows = batch % (sizes.data * sizes.fsdp)
+    heads = num_heads % sizes.tensor or num_kv_heads % sizes.tensor
+    auto = mesh is None or set(mesh.axis_types) == {AxisType.Auto}
+    return auto and sizes.ring == sizes.context == 1 and not rows and not heads
 
 
 def _platform(mesh) -> str:

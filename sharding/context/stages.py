@@ -20,10 +20,7 @@ from jaxlab.rope import apply_rope
 from jaxlab.varying import vary_like
 from sharding.context.schedule import HeadSchedule
 
-POLICIES: dict[str, Callable | None] = {
-    "nothing": None,
-    "attn_out": jax.checkpoint_policies.save_only_these_names("attn_out", "attn_lse"),
-}
+_KEEP = jax.checkpoint_policies.save_only_these_names("attn_out", "attn_lse")
 
 
 class Weights(NamedTuple):
@@ -118,7 +115,8 @@ def staged(
     layer: Layer, schedule: HeadSchedule, policy: str, x: Float[Array, "b s d"], w: Weights
 ) -> Float[Array, "b s d"]:
     """A chunk of key/value heads after the other, and within it a slice of queries after the other."""
-    remat = functools.partial(jax.checkpoint, policy=POLICIES[policy], prevent_cse=False)
+    keep = _KEEP if policy == "attn_out" else None
+    remat = functools.partial(jax.checkpoint, policy=keep, prevent_cse=False)
     if schedule.n_outer == schedule.n_inner == 1:
         return remat(functools.partial(whole, layer))(x, w)
     cut = {"o": schedule.n_outer, "t": schedule.n_inner, "r": schedule.cp_size, "i": schedule.gt}
