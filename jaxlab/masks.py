@@ -8,7 +8,9 @@ where i and j are positions. Source: papers' note on UPipe, section 9.1.
 import functools
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 from einops import rearrange
 from jaxtyping import Array, Bool, Float, Int
 
@@ -62,6 +64,13 @@ def check_attention(
         )
     if h % hk:
         raise ValueError(f"query heads {h} must be a multiple of key/value heads {hk}")
+    if not isinstance(causal, bool | np.bool_):
+        raise ValueError(f"causal={causal!r} must be True or False")
+    for name, number in (("scale", scale), ("softcap", softcap)):
+        if isinstance(number, jax.core.Tracer):
+            raise ValueError(
+                f"{name} must be known while tracing, got {number}: scale q by it instead"
+            )
     if window is not None:
         window = check_count("window", window, 1)
     if softcap is not None and not softcap > 0:

@@ -410,6 +410,8 @@ def test_the_mask_lets_a_ring_skip_and_rows_that_see_nothing_do_not_matter():
         (dict(mesh=None), "needs a mesh"),
         (dict(inv_freq=[1.0] * 3), r"inv_freq must be \(2,\)"),
         (dict(window=2.5), "window=2.5 must be an integer"),
+        (dict(window=True), "window=True must be an integer"),
+        (dict(causal="no"), "causal='no' must be True or False"),
         (dict(segment_ids=np.zeros((2, 16))), "segment_ids must be integers, got float"),
         (dict(positions=np.zeros((2, 16))), "positions must be integers"),
         (dict(method="upipe", heads_per_stage=4.0), "heads_per_stage=4.0 must be an integer"),
@@ -421,6 +423,40 @@ def test_arguments_that_cannot_work_are_refused_before_anything_runs(options, me
     *args, _ = layer_inputs(12)
     with pytest.raises(ValueError, match=message):
         attention_layer(*args, **(dict(mesh=make_mesh(context=4), method="ulysses") | options))
+
+
+def test_a_mesh_or_a_scale_of_another_program_is_refused():
+    *args, _ = layer_inputs(15)
+    mesh, other = make_mesh(context=4), make_mesh(context=2)
+    layer = functools.partial(attention_layer, *args, mesh=mesh, method="ulysses")
+    with (
+        jax.set_mesh(other),
+        pytest.raises(ValueError, match="{'context': 4} is not that of jax.set"),
+    ):
+        layer()
+    inside = jax.shard_map(layer, mesh=mesh, in_specs=(), out_specs=P())
+    with pytest.raises(ValueError, match="cannot be used inside one"):
+        inside()
+    for name in ("scale", "softcap"):
+        with pytest.raises(ValueError, match=f"{name} must be known while tracing"):
+            jax.make_jaxpr(lambda value, name=name: layer(**{name: value}))(0.5)
+
+
+@pytest.mark.parametrize("method", ["upipe", "ring"])
+def test_calls_are_mapped_over_an_axis(method):
+    """Value and gradients of three layers at once, one by one."""
+    three = [layer_inputs(seed, b=1, s=8, h=4, hk=4) for seed in range(3)]
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *three)
+
+    def both(x, *rest):
+        *weights, dy = rest
+        layer = functools.partial(attention_layer, mesh=make_mesh(context=2), method=method)
+        y, pull = jax.vjp(layer, x, *weights)
+        return y, *pull(dy)
+
+    got = quick_jit(jax.vmap(both))(*stacked)
+    for i, inputs in enumerate(three):
+        assert_close([a[i] for a in got], layer_oracle(*inputs), 1e-6)
 
 
 def test_weights_that_do_not_fit_and_staged_attention_are_refused():

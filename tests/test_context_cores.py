@@ -13,8 +13,9 @@ from jax.sharding import PartitionSpec as P
 
 from jaxlab.attention import dense_attention
 from jaxlab.masks import Rule
-from sharding.context import attention_layer, splash
-from sharding.context.cores import find_core
+from sharding.context import attention_layer, context_attention, splash
+from sharding.context.cores import check_core, find_core, without_kernel
+from sharding.context.plan import make_plan
 from sharding.context.splash import block_kinds, next_blocks, splash_attention
 from sharding.plan import aot_memory
 
@@ -153,11 +154,75 @@ def test_a_kernel_inside_stages_gives_the_gradients_of_checked_types():
     assert_close(both("splash", *args), both("blockwise", *args), 1e-5)
 
 
-def test_a_named_core_is_the_same_object_at_every_call():
-    """It is static: another one would be compiled again."""
-    for platform, name in (("cpu", "splash"), ("tpu", "splash"), ("cpu", "blockwise")):
-        find = lambda p=platform, n=name: find_core(n, p, 1, shape(1, 256, 4, 128), RULE, None)[0]  # noqa: E731
-        assert find() is find()
+@pytest.mark.parametrize("core", ["splash", "blockwise"])
+def test_equal_calls_have_equal_plans(core):
+    """A plan is static: another one would be compiled again, and kept."""
+    q = shape(2, 256, 4, 128)
+    plans = {plan(q, make_mesh(context=2), core, "ulysses") for _ in range(2)}
+    assert len(plans) == 1
+
+
+def plan(q, mesh, core, method="none"):
+    mask = dict(causal=True, scale=None, window=None, softcap=None)
+    return make_plan(
+        q, q, q, mesh=mesh, method=method, core=core, segment_ids=None, strict=False, **mask
+    )
+
+
+@pytest.mark.parametrize(
+    "axes, core, split",
+    [
+        (dict(data=2, fsdp=2, tensor=2), "splash", True),
+        (dict(data=2), "blockwise", False),
+        (dict(data=2), "auto", False),  # of a CPU
+        (dict(data=1), "splash", False),
+    ],
+)
+def test_without_a_method_devices_have_kernels_of_their_own(axes, core, split):
+    made = plan(shape(4, 128, 4, 128), make_mesh(**axes), core)
+    assert (made.mesh is not None) == split
+    assert (without_kernel(core) is made.core) == (core != "splash")
+
+
+@pytest.mark.parametrize("axes", [dict(data=8), dict(context=2), dict(tensor=8)])
+def test_compilers_do_not_split_kernels(axes):
+    """Rows, tokens or heads that devices would have to share."""
+    q = shape(4, 128, 4, 128)
+    with pytest.raises(ValueError, match="the compiler splits what . devices do by method 'none'"):
+        plan(q, make_mesh(**axes), "splash")
+    assert plan(q, make_mesh(**axes), "auto").mesh is None
+
+
+def test_each_device_attends_to_its_own_rows_and_heads():
+    attend = functools.partial(context_attention, mesh=make_mesh(data=2, tensor=2), core="splash")
+    q = shape(2, 128, 4, 128, dtype="float32")
+    text = str(jax.make_jaxpr(attend)(q, q, q))
+    # One row, two heads, heads first.
+    assert "shard_map" in text and "f32[1,2,1,128,128]" in text
+
+
+@pytest.mark.parametrize(
+    "choice, message",
+    [
+        (dict(core="cudnn"), "core='cudnn' cannot be used: cuDNN's kernel takes no segment_ids"),
+        (dict(core="cudnn", packed=False), "core='cudnn' cannot be used: cuDNN needs GPUs"),
+        (dict(core="splash", method="none"), "the compiler splits what 2 devices"),
+        (dict(core="splash", method="upipe"), "core='splash' cannot be used: .* got 64 and 8"),
+        (dict(core="dense", method="ring"), "core='dense' is not used, 'ring' has attention"),
+        (dict(stage_policy="attn_out"), "stage_policy='attn_out' is for the methods"),
+        (
+            dict(stage_policy="attn_out", method="upipe", core="cudnn", platform="gpu"),
+            "keeps nothing of core='cudnn'",
+        ),
+    ],
+)
+def test_a_choice_that_would_not_work_or_not_matter_is_refused(choice, message):
+    choice = dict(
+        platform="cpu", method="ulysses", core="auto", stage_policy="nothing", seq_len=64, head_dim=8,
+        dtype="bfloat16", packed=True,
+    ) | choice  # fmt: skip
+    with pytest.raises(ValueError, match=message):
+        check_core({"data": 1, "context": 2}, choice.pop("platform"), **choice)
 
 
 # ---- memory, by the CPU compiler; nothing is computed ----
