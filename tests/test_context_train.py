@@ -2,29 +2,38 @@
 
 import dataclasses
 
+import jax
 import numpy as np
 import pytest
 
 from configs import long_context
 from models.decoder import DecoderConfig
 from sharding.context import ContextConfig
-from sharding.mesh import MeshShape
+from sharding.mesh import MeshShape, make_mesh
 from train import trainer
 from train.data.text import Text
 from train.evaluate import HeldOut, Sample
 from train.metrics import read, series
 from train.objectives import NextToken
 from train.run import Run
+from train.state import init_params
 
 RUN = Run(
-    model=DecoderConfig(layers=2, d_model=16, heads=8, kv_heads=4, head_dim=4, mlp=32),
+    model=DecoderConfig(layers=2, d_model=16, heads=16, kv_heads=4, head_dim=4, mlp=32),
     objective=NextToken(tiles=2), source=Text(seq_len=64), evaluators=(HeldOut(batches=1),),
     mesh=MeshShape(data=1), steps=3, batch=4, log_every=1, save_every=2,
 )  # fmt: skip
 
 # Method, mesh, and what else the model is computed with.
 WAYS = {
-    "upipe": (ContextConfig("upipe"), dict(fsdp=2, context=4), dict(remat="attn_y", mlp_tiles=4)),
+    # More heads a stage than devices.
+    "upipe": (
+        ContextConfig("upipe", 8), dict(fsdp=2, context=4), dict(remat="attn_y", mlp_tiles=4)
+    ),
+    "upipe, keys repeated": (ContextConfig("upipe"), dict(context=8), {}),
+    "ulysses": (ContextConfig("ulysses"), dict(context=4, tensor=2), {}),
+    "allgather": (ContextConfig("allgather", layout="zigzag"), dict(context=2), {}),
+    "usp": (ContextConfig("usp", layout="zigzag"), dict(ring=2, context=2), {}),
     "offload": (
         ContextConfig("upipe", stage_policy="attn_out"), dict(context=2, tensor=2),
         dict(remat="offload"),
@@ -51,7 +60,7 @@ def plain(tmp_path_factory):
     return fit(RUN, tmp_path_factory.mktemp("plain") / "run")
 
 
-SLOW = ("offload", "ring")
+SLOW = ("upipe, keys repeated", "ulysses", "allgather", "usp", "offload", "ring")
 
 
 @pytest.mark.parametrize(
@@ -66,16 +75,46 @@ def test_losses_are_those_of_one_device(way, plain, tmp_path):
 
 
 def test_a_checkpoint_goes_on_with_any_method(plain, tmp_path):
-    """Saved by stages on 4 x 2, gone on with one device, then with a ring; and it writes text."""
-    context, mesh, model = WAYS["upipe"]
-    run = dataclasses.replace(changed(RUN, context, mesh, **model), steps=1)
-    fit(run, tmp_path / "run")
+    """Saved by 8 devices in stages of 8 heads, gone on with one device, then with 4 in stages of 8."""
+    eight = changed(RUN, *WAYS["upipe, keys repeated"][:2])
+    fit(dataclasses.replace(eight, steps=1), tmp_path / "run")
     fit(dataclasses.replace(RUN, steps=2), tmp_path / "run")
-    ring = changed(RUN, *WAYS["upipe_ring"][:2])
-    end = dataclasses.replace(ring, evaluators=(HeldOut(batches=1), Sample(tokens=3)))
+    context, mesh, model = WAYS["upipe"]
+    end = dataclasses.replace(
+        changed(RUN, context, mesh, **model), evaluators=(HeldOut(batches=1), Sample(tokens=3))
+    )
     losses, held_out = fit(end, tmp_path / "run")
     np.testing.assert_allclose(losses, plain[0], rtol=1e-5)
     np.testing.assert_allclose(held_out, plain[1], rtol=1e-5)
+
+
+def test_shards_with_unequal_numbers_of_targets_weigh_tokens_alike():
+    """Two targets on the first shard, none on the second, many on the others; loss and gradients."""
+    random = np.random.default_rng(0)
+    tokens, targets = random.integers(0, 256, (2, 2, 64)).astype(np.int32)
+    targets[:, 2:40] = -1
+    positions = np.broadcast_to(np.arange(64, dtype=np.int32), (2, 64))
+    batch = dict(tokens=tokens, targets=targets, positions=positions, segment_ids=positions * 0 + 1)
+
+    def of(config, params):
+        module = config.build("cpu")
+
+        def loss(params):
+            apply = lambda p, *args, **how: module.apply({"params": p}, *args, **how)  # noqa: E731
+            total, metrics = NextToken(tiles=2)(apply, params, batch, jax.random.key(0))
+            return total / metrics["loss"][1]
+
+        # Compilation is most of the time.
+        quick = {"xla_backend_optimization_level": 0}
+        return jax.jit(jax.value_and_grad(loss), compiler_options=quick)(params)
+
+    spec = (jax.ShapeDtypeStruct((1, 64), np.int32),)
+    params = jax.jit(lambda: init_params(RUN.model.build("cpu"), jax.random.key(0), spec))()
+    expected = of(RUN.model, params)
+    with jax.set_mesh(make_mesh(MeshShape(data=1, context=4))):
+        got = of(changed(RUN, ContextConfig("upipe", 8)).model, params)
+    for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -83,7 +122,7 @@ def test_a_checkpoint_goes_on_with_any_method(plain, tmp_path):
     [
         (
             ContextConfig("upipe", 6), dict(context=2), {}, {},
-            r"model\.context\.heads_per_stage=6 is not legal for num_heads=8, num_kv_heads=4, context=2",
+            r"model\.context\.heads_per_stage=6 is not legal for num_heads=16, num_kv_heads=4, context=2",
         ),
         (ContextConfig("ulysses"), dict(ring=2), {}, {}, r"model\.context\.method=.ulysses. .* ring=2"),
         (ContextConfig("ring", layout="zigzag"), dict(context=8), {}, dict(seq_len=72),
