@@ -52,9 +52,10 @@ def attention_layer(
     `positions` (default: natural token index) turn queries and keys by `inv_freq` and mean nothing to
     the mask; `rope_factor` is YaRN's, `q_norm` and `k_norm` gains of RMSNorm before the rotation. With
     layout 'zigzag' the tokens of every argument are in the order of `zigzag_permutation`. A function
-    `core` replaces the attention of one device; see sharding.context.cores. ValueError, before
-    anything runs, for what cannot work. Source: UPipe (arXiv 2602.21196), sections 3 and 9.2 of the
-    papers' note.
+    `core` replaces the attention of one device; see sharding.context.cores: methods with a ring of
+    more than one device have their own, whatever its name. `stage_policy` is for staged methods,
+    others take no notice. ValueError, before anything runs, for what cannot work. Source: UPipe
+    (arXiv 2602.21196), sections 3 and 9.2 of the papers' note.
     """
     x, wq, wk, wv, wo = (jnp.asarray(a) for a in (x, wq, wk, wv, wo))
     given = (segment_ids, inv_freq, q_norm, k_norm)
