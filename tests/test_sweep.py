@@ -76,5 +76,5 @@ def test_the_plot_is_over_a_field_that_is_a_number_everywhere(tmp_path, monkeypa
     several = [{"point": [f"n={n}", f"u={u}"]} | row for u in ("none", "8") for n in (1, 2)]
     module.plot(several, "title", tmp_path / "plot.png")
     assert drawn == [((1, 2), {"label": "u=8"}), ((1, 2), {"label": "u=none"})]
-    module.plot([{"point": ["u=none"]} | row], "title", tmp_path / "none.png")
-    assert not (tmp_path / "none.png").exists()
+    module.plot([{"point": ["u=none"]} | row], "title", tmp_path / "plot.png")
+    assert not (tmp_path / "plot.png").exists()

@@ -87,9 +87,10 @@ def table(rows: list[dict[str, Any]], title: str) -> str:
 
 def plot(rows: list[dict[str, Any]], title: str, file: Path) -> None:
     """Peak HBM against the last field that is a number in every row, a line for each choice of the
-    others; none without such a field."""
+    others; without such a field none, nor an older one."""
     import matplotlib.pyplot as plt
 
+    file.unlink(missing_ok=True)
     rows = [row for row in rows if "needs_bytes" in row]
     points = [dict(text.split("=", 1) for text in row["point"]) for row in rows]
     fields = list(points[0]) if points else []
@@ -105,7 +106,7 @@ def plot(rows: list[dict[str, Any]], title: str, file: Path) -> None:
     figure, axes = plt.subplots(figsize=(6, 4))
     for name, dots in sorted(lines.items()):
         axes.plot(*zip(*sorted(dots), strict=True), "o-", label=name)
-    axes.axhline(max(row["hbm_bytes"] for row in rows) / GIB, color="gray")
+    axes.axhline(max(row["hbm_bytes"] for row in rows) / GIB, color="gray", label="HBM")
     axes.set(xlabel=field, ylabel="peak HBM, GiB", title=title)
     axes.legend(fontsize="small")
     figure.savefig(file, dpi=120, bbox_inches="tight")
