@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxlab.attention import dense_attention
 from jaxlab.masks import Rule
-from sharding.context import attention_layer, context_attention, splash
+from sharding.context import attention_layer, automatic_attention, context_attention, splash
 from sharding.context.cores import check_core, find_core, without_kernel
 from sharding.context.plan import make_plan
 from sharding.context.splash import block_kinds, next_blocks, splash_attention
@@ -199,6 +199,25 @@ def test_each_device_attends_to_its_own_rows_and_heads():
     text = str(jax.make_jaxpr(attend)(q, q, q))
     # One row, two heads, heads first.
     assert "shard_map" in text and "f32[1,2,1,128,128]" in text
+
+
+@pytest.mark.parametrize("axis", ["data", "samples", None])
+def test_rows_that_no_mesh_divides_are_left_to_the_compiler(axis):
+    """Three rows on two devices, on axes of somebody else's mesh, inside a shard_map."""
+    q = jnp.asarray(np.random.default_rng(0).standard_normal((3, 8, 2, 4)), "float32")
+    if axis is None:
+        mesh = make_mesh(data=3)
+        attend = jax.shard_map(
+            lambda q: automatic_attention(q, q, q),
+            mesh=mesh,
+            in_specs=P("data"),
+            out_specs=P("data"),
+        )
+        got = jax.jit(attend)(q)
+    else:
+        with jax.set_mesh(make_mesh(**{axis: 2})):
+            got = automatic_attention(q, q, q)
+    np.testing.assert_allclose(got, dense_attention(q, q, q), atol=1e-6)
 
 
 @pytest.mark.parametrize(

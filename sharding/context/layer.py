@@ -11,13 +11,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from jaxlab.varying import vary_like
 from sharding.context.checks import METHODS, STAGED
+from sharding.context.cores import without_kernel
 from sharding.context.plan import Plan, make_plan
 from sharding.context.stages import Layer, Rotation, Weights, staged, whole
+from sharding.mesh import AXES
 
 
 def attention_layer(
@@ -166,13 +169,16 @@ def automatic_attention(
     v: Float[Array, "b S Hkv d"],
     *,
     segment_ids: Int[Array, "b S"] | None = None,
-    core: str | Callable = "auto",
+    core: str = "auto",
 ) -> Float[Array, "b S H d"]:
     """Causal `context_attention` by method 'none', rows and lengths as they come.
 
     By a kernel where the platform has one and every device of the mesh of `jax.set_mesh` can have
-    whole rows and heads; else what the mesh does with it is left to the compiler.
+    whole rows and heads; else, on meshes of other axes and inside shard_map without one.
     """
+    around = jax.sharding.get_abstract_mesh()
+    if AxisType.Manual in around.axis_types or set(around.axis_names) - set(AXES):
+        return without_kernel(core)(q, k, v, causal=True, segment_ids=segment_ids)
     mask: dict[str, Any] = dict(causal=True, scale=None, window=None, softcap=None)
     plan = make_plan(
         q, k, v, mesh=None, method="none", core=core, segment_ids=segment_ids, strict=False, **mask
