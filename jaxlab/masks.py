@@ -8,10 +8,10 @@ where i and j are positions. Source: papers' note on UPipe, section 9.1.
 import functools
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
+from jax import core
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxlab.arguments import check_count, wide_type
@@ -67,7 +67,7 @@ def check_attention(
     if not isinstance(causal, bool | np.bool_):
         raise ValueError(f"causal={causal!r} must be True or False")
     for name, number in (("scale", scale), ("softcap", softcap)):
-        if isinstance(number, jax.core.Tracer):
+        if isinstance(number, core.Tracer):
             raise ValueError(
                 f"{name} must be known while tracing, got {number}: scale q by it instead"
             )

@@ -156,8 +156,9 @@ def make_plan(
 def _ring(method: str, sizes: Sizes, rule: Rule, seq_len: int, layout: str) -> Ring | None:
     """That of the methods that have one, if of more than one device."""
     axis = ring_axis(method)
-    size = getattr(sizes, axis) if axis else 1
-    return Ring(axis, size, rule, seq_len, layout == "zigzag") if size > 1 else None
+    if axis is None or getattr(sizes, axis) == 1:
+        return None
+    return Ring(axis, getattr(sizes, axis), rule, seq_len, layout == "zigzag")
 
 
 def _alone(mesh, sizes: Sizes, batch: int, num_heads: int, num_kv_heads: int) -> bool:
