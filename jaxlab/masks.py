@@ -11,7 +11,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
-from jax import core
+from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxlab.arguments import check_count, wide_type
@@ -67,7 +67,7 @@ def check_attention(
     if not isinstance(causal, bool | np.bool_):
         raise ValueError(f"causal={causal!r} must be True or False")
     for name, number in (("scale", scale), ("softcap", softcap)):
-        if isinstance(number, core.Tracer):
+        if isinstance(number, Tracer):
             raise ValueError(
                 f"{name} must be known while tracing, got {number}: scale q by it instead"
             )
