@@ -30,7 +30,7 @@ from models.dit import DiTConfig  # noqa: E402
 from train import trainer  # noqa: E402
 from train.checkpoint import Checkpoints  # noqa: E402
 from train.data.bigram import fit_bigram  # noqa: E402
-from train.denoise import Psi, denoiser  # noqa: E402
+from train.denoise import Psi, denoiser, every_class  # noqa: E402
 from train.diffusion import duo, duo_pp, udlm  # noqa: E402
 from train.diffusion import mdlm as masked  # noqa: E402
 from train.evaluate import HeldOut  # noqa: E402
@@ -101,17 +101,17 @@ class Writer:
 
     def __init__(self, program, params, rows: int):
         self.run, self.params = program.run, params
-        shape = (rows, self.run.source.seq_len)
+        shape, labels = (rows, self.run.source.seq_len), every_class(self.run, rows)
 
         def write(params, key, coefs, config):
-            return sample(key, denoiser(program.apply, params), config, shape, coefs)
+            return sample(key, denoiser(program.apply, params), config, shape, coefs, labels)
 
         self.write = jax.jit(write, static_argnames="config")
 
     def __call__(self, psi: Psi, nucleus: float, nfe: int) -> np.ndarray:
         # The removal is a call too.
         psi = dataclasses.replace(psi, steps=nfe - 1, nucleus=nucleus)
-        config = psi.sampler(self.run.model.vocab, self.run.objective.prior)
+        config = psi.of(self.run)
         plain = dataclasses.replace(config, psi=Psi().sampler(4, "uniform").psi)
         return np.asarray(self.write(self.params, jax.random.key(0), step_coefs(config), plain))
 

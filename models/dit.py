@@ -6,7 +6,7 @@ Source: Peebles and Xie, 2212.09748; note on Psi-samplers, section 8.1.
 import dataclasses
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import flax.linen as nn
 import jax
@@ -29,6 +29,8 @@ FEATURES = 256  # of the noise level
 class DiTConfig:
     """Shape of a DiT on tokens; defaults train in minutes on a laptop. The masked prior's mask is the
     last id of the vocabulary."""
+
+    takes: ClassVar[str] = "mixtures"  # of a denoiser: of tokens, as well as tokens
 
     vocab: Annotated[int, "vocabulary, with the mask if there is one; at least the tokenizer's"] = (
         256

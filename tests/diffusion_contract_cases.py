@@ -49,11 +49,16 @@ def chain(*logits):
     return d.HMM(*map(_probs, logits))
 
 
+def _features(key, dtype):
+    return normal(key, dtype, (6, 3), (5, 3))
+
+
 def _chain_logits(key, dtype):
     return normal(key, dtype, (3,), (3, 3), (3, 4))
 
 
 CASES = {
+    "frechet_distance": row(d.frechet_distance, _features),
     "cosine": row(lambda x: d.cosine(unit(x)), _number),
     "log_linear": row(_level, _number),
     "inverse_cosine": row(lambda x: d.inverse_cosine(unit(x)), _number),

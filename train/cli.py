@@ -219,10 +219,10 @@ def sample(args: argparse.Namespace, presets: Mapping[str, Preset]) -> int:
         raise ValueError("--stop '' must not be empty")
     sampling = Sampling(args.temperature, args.top_k, args.top_p, args.min_p).check()
     run, program, params, _ = open_run(args, [], evaluators=False)
-    if not hasattr(run.source, "tokenizer"):
-        raise ValueError(f"{args.run} is not a run on text: it has no source.tokenizer")
     if hasattr(run.objective, "prior"):
         return _denoise(args, run, program, params)
+    if not hasattr(run.source, "tokenizer"):
+        raise ValueError(f"{args.run} is not a run on text: it has no source.tokenizer")
     for name in ("psi", "views"):
         if getattr(args, name) not in ([], 1):
             raise ValueError(f"--{name} is for diffusion models; {args.run} has another objective")

@@ -13,7 +13,9 @@ from jaxlab.diffusion.curriculum import dense_relaxation, log10_tau, sparse_rela
 from jaxlab.diffusion.forward import q_sample
 from jaxlab.diffusion.losses import masked_nelbo, uniform_nelbo
 from jaxlab.diffusion.operator import make_operator
-from jaxlab.diffusion.schedules import log_linear, sample_times
+from jaxlab.diffusion.schedules import cosine, log_linear, sample_times
+
+SCHEDULES = {"log-linear": log_linear, "cosine": cosine}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,16 +42,24 @@ class Diffusion:
     """Negative evidence lower bound of discrete diffusion, nats per token, one time a sequence.
 
     With prior 'masked' the last id of the model's vocabulary is the mask. Times of a microbatch are
-    stratified. Evaluation is without curriculum and dropout.
+    stratified. A model with classes is told the labels, in training most of them: the rest teach it
+    what guidance needs. Evaluation is without curriculum and dropout.
     """
 
     prior: Annotated[Literal["masked", "uniform"], "what tokens turn into"] = "uniform"
     curriculum: Annotated[Curriculum | None, "softened tokens at first; none: without"] = None
+    schedule: Annotated[Literal["log-linear", "cosine"], "of alpha over time"] = "log-linear"
+    classes: Annotated[int | None, "classes that the model is told; none: none"] = None
+    hide: Annotated[float, "share of labels that are not told, in training"] = 0.1
 
     def __call__(self, apply, params, batch, key):
         x0, step = batch["tokens"], batch.get("step")
-        where = {name: batch[name] for name in ("positions", "segment_ids")}
+        where = {name: batch[name] for name in ("positions", "segment_ids") if name in batch}
         time_key, noise_key, dropout_key = jax.random.split(key, 3)
+        if self.classes is not None:
+            hidden = jax.random.bernoulli(jax.random.fold_in(key, 3), self.hide, (len(x0),))
+            hidden &= step is not None
+            where["labels"] = jnp.where(hidden, self.classes, batch["labels"])
         t = sample_times(time_key, len(x0))
 
         def denoise(inputs, alpha, weights=None):
@@ -62,7 +72,7 @@ class Diffusion:
         vocab = jax.eval_shape(lambda: denoise(x0, jnp.ones((len(x0), 1)))).shape[-1]
 
         def plain():
-            level = jax.tree.map(lambda a: a[:, None], log_linear(t))
+            level = jax.tree.map(lambda a: a[:, None], SCHEDULES[self.schedule](t))
             if self.prior == "masked":
                 z = q_sample(noise_key, x0, level, "masked", mask_id=vocab - 1)
                 return masked_nelbo(denoise(z, level.alpha), z, x0, level, vocab - 1)
@@ -87,25 +97,46 @@ class Diffusion:
                 return uniform_nelbo(denoise(x, level.alpha, weights), z, x0, level)
 
             loss = jax.lax.cond(step < c.end, relaxed, plain)
-        valid = (batch["segment_ids"] > 0).astype(jnp.float32)
+        # Images fill their rows.
+        valid = (batch.get("segment_ids", jnp.ones_like(x0)) > 0).astype(jnp.float32)
         total, count = jnp.sum(loss * valid), jnp.sum(valid)
         return total, {"loss": (total, count)}
 
     def check(self, model, source) -> None:
         """ValueError when the model, the source or the curriculum cannot serve."""
         needed = source.vocab_size() if hasattr(source, "vocab_size") else None
-        if not hasattr(model, "cond"):
-            raise ValueError(f"objective diffusion needs a denoiser such as DiTConfig, got {model}")
+        if not hasattr(model, "takes"):
+            raise ValueError(
+                f"objective diffusion needs a denoiser, DiTConfig or UNetConfig, got {model}"
+            )
         spare = int(self.prior == "masked")
         if needed is not None and model.vocab < needed + spare:
             mask = " and a mask" if spare else ""
+            whose = f"source.tokenizer={getattr(source, 'tokenizer', type(source).__name__)!r}"
             raise ValueError(
-                f"model.vocab={model.vocab} does not hold the {needed} ids of source.tokenizer="
-                f"{source.tokenizer!r}{mask}: use model.vocab={needed + spare} or more"
+                f"model.vocab={model.vocab} does not hold the {needed} ids of {whose}{mask}: use "
+                f"model.vocab={needed + spare} or more"
+            )
+        told, there = (getattr(c, "classes", None) for c in (model, source))
+        if told != self.classes or (told is not None and told != there):
+            raise ValueError(
+                f"objective.classes={self.classes} must equal model.classes={told}, and where it is "
+                f"not none source.classes={there}"
+            )
+        if not 0 <= self.hide < 1:
+            raise ValueError(f"objective.hide={self.hide} must be in [0, 1)")
+        if getattr(model, "side", None) != getattr(source, "side", None):
+            raise ValueError(
+                f"model.side={getattr(model, 'side', None)} must equal "
+                f"source.side={getattr(source, 'side', None)}: images need UNetConfig, text DiTConfig"
             )
         c = self.curriculum
         if c is None:
             return
+        if model.takes != "mixtures":
+            raise ValueError(
+                f"objective.curriculum must be none: a {type(model).__name__} takes no mixed tokens"
+            )
         if self.prior != "uniform":
             raise ValueError(f"objective.curriculum needs prior='uniform', got {self.prior!r}")
         if not 2 <= c.k < model.vocab:

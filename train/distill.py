@@ -107,7 +107,9 @@ def start_distillation(teacher: Path, preset: Run, folder: Path, assignments: li
     with all_or_none():
         refuse_occupied(folder)
         old = dataclasses.replace(load_run(teacher), evaluators=(), mesh=preset.mesh)
-        if getattr(old.objective, "prior", None) != "uniform":
+        if getattr(old.objective, "prior", None) != "uniform" or not hasattr(
+            old.source, "tokenizer"
+        ):
             raise ValueError(
                 f"{teacher} cannot teach: dcd needs uniform diffusion of text (udlm, duo, duo_pp), "
                 f"got {old.objective}"

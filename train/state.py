@@ -15,7 +15,9 @@ from sharding.rules import check_divisible, shardings
 from train.objectives import Batch, Objective
 from train.optimizer import join, split
 
-Inputs = tuple[jax.ShapeDtypeStruct, ...]  # what a module is initialised with: `run.model.inputs`
+Inputs = tuple[
+    jax.ShapeDtypeStruct | None, ...
+]  # what a module is initialised with: `run.model.inputs`
 
 
 class TrainState(NamedTuple):
@@ -31,7 +33,7 @@ class TrainState(NamedTuple):
 
 def init_params(module, key: jax.Array, inputs: Inputs):
     """Parameters as a plain nested dict of arrays."""
-    examples = [jnp.zeros(a.shape, a.dtype) for a in inputs]
+    examples = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), inputs)
     return nn.unbox(module.init(key, *examples))["params"]
 
 

@@ -39,6 +39,7 @@ from jaxlab.diffusion.losses import (
     uniform_nelbo,
 )  # fmt: skip
 from jaxlab.diffusion.metrics import (
+    frechet_distance,
     gen_ppl_mask,
     unigram_entropy,
 )  # fmt: skip
@@ -94,6 +95,7 @@ __all__ = [
     "dense_from_noise",
     "dense_relaxation",
     "distinct_ids",
+    "frechet_distance",
     "gaussian_topk",
     "gen_ppl_mask",
     "guided_probs",

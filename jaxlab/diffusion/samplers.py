@@ -236,6 +236,12 @@ def _run(denoise_fn, cfg, z, draws, coefs, labels, draw, draw_guided, keep) -> t
     return z, trajectory
 
 
+def _labels(labels, cfg: SamplerConfig, batch: int) -> Int[Array, "b"] | None:
+    if cfg.guidance is not None and labels is None:
+        raise ValueError(f"labels=None must be given with guidance={cfg.guidance}")
+    return None if labels is None else tokens("labels", labels, (batch,))
+
+
 def sample(
     key: Key[Array, ""],
     denoise_fn: Denoise,
@@ -253,9 +259,7 @@ def sample(
     """
     if len(shape) != 2:
         raise ValueError(f"shape={shape} must be (batch, length)")
-    labels = None if labels is None else tokens("labels", labels, (shape[0],))
-    if cfg.guidance is not None and labels is None:
-        raise ValueError(f"labels=None must be given with guidance={cfg.guidance}")
+    labels = _labels(labels, cfg, shape[0])
     start, steps = jax.random.split(key)
 
     def draw_guided(key, probs):
@@ -275,16 +279,16 @@ def sample_from_uniforms(
     uniforms: Float[Array, "n b t"],
     cfg: SamplerConfig,
     coefs: StepCoef | None = None,
+    labels: Int[Array, "b"] | None = None,
 ) -> tuple[Int[Array, "b t"], Int[Array, "steps b t"]]:
     """(tokens, z after each of the N steps) from `z_init`, every draw by `inverse_cdf_step`.
 
     `uniforms` [N + 1, b, t]: row i at step i, row N at the removal (unread unless "ancestral").
-    Otherwise as `sample`, without labels.
+    Otherwise as `sample`.
     """
     z, u = tokens("z_init", z_init), floats("uniforms", uniforms)
     if u.shape != (cfg.steps + 1, *z.shape) or z.ndim != 2:
         expected = (cfg.steps + 1, *z.shape)
         raise ValueError(f"uniforms has shape {u.shape}; expected {expected}, z_init [b, t]")
-    if cfg.guidance is not None:
-        raise ValueError(f"guidance={cfg.guidance} must be None: there are no labels here")
-    return _run(denoise_fn, cfg, z, u, coefs, None, inverse_cdf_step, _inverse_cdf, keep=True)
+    labels = _labels(labels, cfg, z.shape[0])
+    return _run(denoise_fn, cfg, z, u, coefs, labels, inverse_cdf_step, _inverse_cdf, keep=True)
