@@ -51,7 +51,8 @@ def changes(r: dict, which: str, samplers: list[str], calls: list[int]) -> list[
 
 def page(r: dict) -> str:
     """Markdown: bounds by objective, then perplexity and entropy by sampler and calls."""
-    true = r["held_out"]
+    true, (models, samplers, calls) = r["held_out"], grid(r)
+    least = min(c["rows"] for c in r["written"].values())
     lines = [
         f"# Diffusion language models on the embedded text, {r['date']}",
         "",
@@ -69,13 +70,12 @@ def page(r: dict) -> str:
         lines.append(f"| {name} | {mean:.3f}{spare} | {len(losses)} | {each} |")
     lines += [
         "",
-        f"{r['rows']} rows of 64 bytes of the models of seed 0: perplexity a byte under a decoder trained on "
-        f"the same text ({true['judge_loss']:.3f} nats on held-out rows of 256), its standard error, "
-        "perplexity under a bigram model, unigram entropy in nats. The first 64 held-out rows so long have "
-        f"{true['perplexity']:.1f} ± {true['error']:.1f}, {true['bigram']:.1f} and "
-        f"{true['entropy']:.2f}.",
+        f"{least} rows of 64 bytes (a cell that says so has more) of the models of seed 0: perplexity a byte "
+        f"under a decoder trained on the same text ({true['judge_loss']:.3f} nats on held-out rows of 256), "
+        "its standard error, perplexity under a bigram model, unigram entropy in nats. The first 64 "
+        f"held-out rows so long have {true['perplexity']:.1f} ± {true['error']:.1f}, "
+        f"{true['bigram']:.1f} and {true['entropy']:.2f}.",
     ]
-    models, samplers, calls = grid(r)
     for which in models:
         model, nucleus = which.split("/")
         lines += ["", f"## {model}, nucleus {nucleus}", ""]
@@ -84,8 +84,9 @@ def page(r: dict) -> str:
             cells = []
             for n in calls:
                 c = cell(r, which, sampler, n)
+                more = f" ({c['rows']} rows)" if c and c["rows"] > least else ""
                 cells.append("" if c is None else (
-                    f"{c['perplexity']:.1f} ± {c['error']:.1f}; {c['bigram']:.1f}; {c['entropy']:.2f}"
+                    f"{c['perplexity']:.1f} ± {c['error']:.1f}; {c['bigram']:.1f}; {c['entropy']:.2f}{more}"
                 ))  # fmt: skip
             lines.append(f"| {sampler} | {' | '.join(cells)} |")
         lines += ["", *changes(r, which, samplers, calls)]

@@ -150,6 +150,7 @@ EXEMPT = {
         "ids_from_draws": "integers, tested in test_diffusion_curriculum.py",
         "distinct_ids": "integers, tested in test_diffusion_curriculum.py",
         "make_operator": "makes a function on the host, tested in test_diffusion_curriculum.py",
+        "gamma_of_alpha": "host only, tested in test_diffusion_curriculum.py",
         "winner_probability": "host only, tested in test_diffusion_curriculum.py",
         "dcd_delta": "a number from an integer, tested in test_diffusion_curriculum.py",
         "unigram_entropy": "of integers, tested in test_diffusion_curriculum.py",

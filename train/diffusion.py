@@ -12,17 +12,38 @@ import jax.numpy as jnp
 from jaxlab.diffusion.curriculum import dense_relaxation, log10_tau, sparse_relaxation
 from jaxlab.diffusion.forward import q_sample
 from jaxlab.diffusion.losses import masked_nelbo, uniform_nelbo
-from jaxlab.diffusion.operator import make_operator
+from jaxlab.diffusion.operator import gamma_of_alpha, make_operator
 from jaxlab.diffusion.schedules import cosine, log_linear, sample_times
 
 SCHEDULES = {"log-linear": log_linear, "cosine": cosine}
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Window:
+    """Levels of Gaussian noise by what their argmax keeps, so that they suit a vocabulary of any size."""
+
+    alpha_max: Annotated[float, "share of tokens that are kept at time 0"]
+    alpha_min: Annotated[float, "share of tokens that are kept at time 1"]
+
+    def gammas(self, vocab: int) -> tuple[float, float]:
+        """log(noise/signal) at times 0 and 1."""
+        return gamma_of_alpha(self.alpha_max, vocab), gamma_of_alpha(self.alpha_min, vocab)
+
+    def check_window(self, name: str) -> None:
+        """ValueError that names the fields of `name` unless one can be solved for, and lies below."""
+        if not 1e-6 <= self.alpha_min < self.alpha_max <= 1 - 1e-6:
+            raise ValueError(
+                f"{name}.alpha_min={self.alpha_min} must be below {name}.alpha_max={self.alpha_max}, "
+                f"both from 1e-6 to 1 - 1e-6"
+            )
+
+
 @dataclasses.dataclass(frozen=True)
-class Curriculum:
+class Curriculum(Window):
     """The first steps see softened tokens: Gaussian noise through softmax(w / tau) (Duo, section 4).
 
     Temperature 10^log10_start up to `start`, from there log-linear to 10^log10_end, plain from `end` on.
+    The shares are those of the papers' windows: gamma from -3.5 to -1.75 with 30,522 tokens.
     """
 
     kind: Annotated[
@@ -33,17 +54,17 @@ class Curriculum:
     start: Annotated[int, "the step from which the temperature moves"] = 0
     log10_start: Annotated[float, "log10 of the temperature before"] = -3.0
     log10_end: Annotated[float, "log10 of the temperature at the end"] = -3.0
-    gamma_min: Annotated[float, "log(noise/signal) at time 0"] = -3.5
-    gamma_max: Annotated[float, "log(noise/signal) at time 1"] = -1.75
+    alpha_max: Annotated[float, "share of tokens that are kept at time 0"] = 0.945
+    alpha_min: Annotated[float, "share of tokens that are kept at time 1"] = 0.049
 
 
 @dataclasses.dataclass(frozen=True)
 class Diffusion:
     """Negative evidence lower bound of discrete diffusion, nats per token, one time a sequence.
 
-    With prior 'masked' the last id of the model's vocabulary is the mask. Times of a microbatch are
-    stratified. A model with classes is told the labels, in training most of them: the rest teach it
-    what guidance needs. Evaluation is without curriculum and dropout.
+    With prior 'masked' the last id of the model's vocabulary is the mask. Times are stratified over the
+    whole batch, however it is cut. A model with classes is told the labels, in training most of them:
+    the rest teach it what guidance needs. Evaluation is without curriculum and dropout.
     """
 
     prior: Annotated[Literal["masked", "uniform"], "what tokens turn into"] = "uniform"
@@ -52,15 +73,19 @@ class Diffusion:
     classes: Annotated[int | None, "classes that the model is told; none: none"] = None
     hide: Annotated[float, "share of labels that are not told, in training"] = 0.1
 
+    def prepare(self, batch, key):
+        """The times of all rows."""
+        return {"time": sample_times(jax.random.split(key, 3)[0], len(batch["tokens"]))}
+
     def __call__(self, apply, params, batch, key):
         x0, step = batch["tokens"], batch.get("step")
         where = {name: batch[name] for name in ("positions", "segment_ids") if name in batch}
-        time_key, noise_key, dropout_key = jax.random.split(key, 3)
+        _, noise_key, dropout_key = jax.random.split(key, 3)
         if self.classes is not None:
             hidden = jax.random.bernoulli(jax.random.fold_in(key, 3), self.hide, (len(x0),))
             hidden &= step is not None
             where["labels"] = jnp.where(hidden, self.classes, batch["labels"])
-        t = sample_times(time_key, len(x0))
+        t = batch["time"] if "time" in batch else self.prepare(batch, key)["time"]
 
         def denoise(inputs, alpha, weights=None):
             sigma = -jnp.log(alpha[:, 0]) * (self.prior == "uniform")
@@ -85,8 +110,9 @@ class Diffusion:
         else:
 
             def relaxed():
-                gamma = (c.gamma_min + t * (c.gamma_max - c.gamma_min))[:, None]
-                level = make_operator(vocab, c.gamma_min, c.gamma_max)(gamma)
+                low, high = c.gammas(vocab)
+                gamma = (low + t * (high - low))[:, None]
+                level = make_operator(vocab, low, high)(gamma)
                 signal, noise = (jnp.sqrt(jax.nn.sigmoid(s * gamma)) for s in (-1, 1))
                 tau = 10 ** log10_tau(step, c.log10_start, c.log10_end, c.start, c.end)
                 if c.kind == "dense":
@@ -143,10 +169,7 @@ class Diffusion:
             raise ValueError(f"objective.curriculum.k={c.k} must be in [2, {model.vocab - 1}]")
         if not 0 <= c.start <= c.end:
             raise ValueError(f"objective.curriculum.start={c.start} must be in [0, end={c.end}]")
-        if not c.gamma_min < c.gamma_max:
-            raise ValueError(
-                f"objective.curriculum.gamma_min={c.gamma_min} must be below gamma_max={c.gamma_max}"
-            )
+        c.check_window("objective.curriculum")
 
 
 def mdlm() -> Diffusion:

@@ -44,6 +44,7 @@ from jaxlab.diffusion.metrics import (
     unigram_entropy,
 )  # fmt: skip
 from jaxlab.diffusion.operator import (
+    gamma_of_alpha,
     make_operator,
     winner_probability,
 )  # fmt: skip
@@ -96,6 +97,7 @@ __all__ = [
     "dense_relaxation",
     "distinct_ids",
     "frechet_distance",
+    "gamma_of_alpha",
     "gaussian_topk",
     "gen_ppl_mask",
     "guided_probs",
