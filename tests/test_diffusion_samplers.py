@@ -403,6 +403,24 @@ def test_a_constant_guess_is_exact_for_any_steps(prior):
     assert stats.chisquare(counts, p * counts.sum()).pvalue > 1e-3
 
 
+@pytest.mark.parametrize("prior, mask", [("uniform", None), ("masked", 5)])
+def test_guidance_with_a_nucleus_writes_what_the_class_allows(prior, mask):
+    """The two nuclei, of one token each, have none in common."""
+    logits = 9.0 * jnp.asarray(np.eye(6)[[2, 3]]) - 4.5
+
+    def network(z, sigma, labels):
+        return jnp.broadcast_to(logits[labels][:, None], (*z.shape, 6))
+
+    cfg = d.SamplerConfig(
+        6, 3, prior, mask, nucleus=0.9, guidance=1.5, num_classes=1
+    )  # class 0, or none
+    labels, key = jnp.zeros(4, int), jax.random.key(0)
+    call = jax.jit(lambda key: d.sample(key, network, cfg, (4, 8), labels=labels, trajectory=True))
+    tokens, seen = call(key)
+    np.testing.assert_array_equal(tokens, 2)
+    assert seen.shape == (3, 4, 8) and np.any(seen != 2)
+
+
 @pytest.mark.slow
 def test_guided_sampling():
     """Weight 1 is the class alone, 0 none; between, a law of the guided posteriors."""

@@ -15,8 +15,6 @@ from jaxlab.diffusion.samplers import (
     PsiSpec,
     SamplerConfig,
     sample,
-    sample_from_uniforms,
-    step_coefs,
 )
 
 
@@ -49,13 +47,15 @@ class Psi:
         spec = PsiSpec(
             self.profile, self.high, self.middle, self.low, self.high_frac, self.middle_frac
         )
-        config = SamplerConfig(
+        for part in ("high", "middle"):
+            mode, share = getattr(self, part), getattr(self, f"{part}_frac")
+            if mode != "pure-posterior" and not share:
+                raise ValueError(f"{part}={mode!r} has no steps: give {part}_frac as well")
+        return SamplerConfig(
             vocab, self.steps, prior, vocab - 1 if prior == "masked" else None, schedule,
             psi=spec, nucleus=self.nucleus, removal=self.removal, guidance=self.guidance,
             num_classes=classes,
         )  # fmt: skip
-        step_coefs(config)
-        return config
 
     def of(self, run: Any) -> SamplerConfig:
         """The same for the model that a run trains."""
@@ -111,8 +111,8 @@ def to_text(tokenizer: Any, rows: np.ndarray) -> list[str]:
 class Denoised:
     """Perplexity under a bigram model of the training text, and unigram entropy, of written rows.
 
-    Perplexity without entropy means nothing: a row of one token is very probable. The entropy of as
-    many held-out rows stands beside them.
+    Perplexity without entropy means nothing: a row of one token is very probable. Both of as many
+    held-out rows stand beside them.
     """
 
     psi: Psi = Psi()
@@ -134,25 +134,33 @@ class Denoised:
 
         @jax.jit
         def write(params, key):
-            tokens = sample(key, denoiser(scene.apply, params), config, shape)
-            return tokens, jnp.mean(unigram_entropy(tokens, run.model.vocab))
+            return sample(key, denoiser(scene.apply, params), config, shape)
 
         @functools.cache
         def judge():
+            """The bigram model, and what it and the entropy say of held-out rows."""
             plain = dataclasses.replace(run.source, packing="concat")
             train, valid = (
                 plain.make(run.batch, seed=run.seed, split=s) for s in ("train", "valid")
             )
-            return fit_bigram(train, valid, run.model.vocab)
+            bigram = fit_bigram(train, valid, run.model.vocab)
+            batches = range(min(valid.num_batches, -(-self.rows // run.batch)))
+            rows = np.concatenate([valid.batch_at(i)["tokens"] for i in batches])[: self.rows]
+            return bigram, figures(bigram, rows, "held_out_")
+
+        def figures(bigram, tokens, prefix: str = "") -> dict[str, float]:
+            entropy = jnp.mean(unigram_entropy(tokens, run.model.vocab))
+            perplexity = np.exp(bigram(tokens[:, :-1], tokens[:, 1:]))
+            return {
+                f"denoised/{prefix}perplexity": float(perplexity),
+                f"denoised/{prefix}entropy": float(entropy),
+            }
 
         def evaluate(params, step):
             key = jax.random.fold_in(jax.random.key(run.seed), step)
-            tokens, entropy = jax.device_get(write(params, key))
-            return {
-                "denoised/perplexity": float(np.exp(judge()(tokens[:, :-1], tokens[:, 1:]))),
-                "denoised/entropy": float(entropy),
-                "sample": show(tokens[:1])[0],
-            }
+            tokens = np.asarray(write(params, key))
+            bigram, held_out = judge()
+            return figures(bigram, tokens) | held_out | {"sample": show(tokens[:1])[0]}
 
         return evaluate
 
@@ -160,32 +168,26 @@ class Denoised:
 def write_rows(run: Any, program: Any, params: Any, psi: Psi, rows: int, seed: int, views: int):
     """(caption, lines of the rows) of `views` moments of denoising, the last of them the end.
 
-    A model of classes writes them in turn, row i of class i modulo their number.
+    A model of classes writes them in turn, row i of class i modulo their number. ValueError for more views
+    than there are moments.
     """
     config, show = psi.of(run), shown(run.source)
+    if views > config.steps + 1:
+        raise ValueError(
+            f"--views {views}: with steps={config.steps} there are {config.steps + 1} moments to see"
+        )
     shape = (rows_on(program.mesh, rows), run.source.seq_len)
     labels = every_class(run, shape[0])
-    keys = jax.random.split(jax.random.key(seed))
-    if views == 1:
-
-        @jax.jit
-        def write(params):
-            return sample(keys[0], denoiser(program.apply, params), config, shape, labels=labels)
-
-        yield "", show(np.asarray(write(params))[:rows])
-        return
 
     @jax.jit
-    def trace(params):
-        uniforms = jax.random.uniform(keys[0], (config.steps + 1, *shape))
-        if config.prior == "masked":
-            start = jnp.full(shape, config.mask_id or 0)
-        else:
-            start = jax.random.randint(keys[1], shape, 0, config.vocab)
-        denoise = denoiser(program.apply, params)
-        return sample_from_uniforms(denoise, start, uniforms, config, labels=labels)
+    def write(params):
+        denoise, key = denoiser(program.apply, params), jax.random.key(seed)
+        return sample(key, denoise, config, shape, labels=labels, trajectory=views > 1)
 
-    final, states = jax.device_get(trace(params))
+    if views == 1:
+        yield "", show(np.asarray(write(params))[:rows])
+        return
+    final, states = jax.device_get(write(params))
     for at in np.linspace(0, config.steps - 1, views - 1).astype(int):
         yield f"after {at + 1} of {config.steps} steps", show(states[at, :rows])
     yield "at the end", show(final[:rows])
