@@ -54,6 +54,7 @@ class Curriculum(Window):
     start: Annotated[int, "the step from which the temperature moves"] = 0
     log10_start: Annotated[float, "log10 of the temperature before"] = -3.0
     log10_end: Annotated[float, "log10 of the temperature at the end"] = -3.0
+    _: dataclasses.KW_ONLY
     alpha_max: Annotated[float, "share of tokens that are kept at time 0"] = 0.945
     alpha_min: Annotated[float, "share of tokens that are kept at time 1"] = 0.049
 

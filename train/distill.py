@@ -31,6 +31,7 @@ class Dcd(Window):
     direction: Annotated[
         Literal["kl-bwd", "kl-fwd"], "of the student from the teacher, or back"
     ] = "kl-bwd"
+    _: dataclasses.KW_ONLY
     # Gamma from -4 to -1 with 50,257 tokens.
     alpha_max: Annotated[float, "share of tokens that are kept at time 0"] = 0.9987
     alpha_min: Annotated[float, "share of tokens that are kept at time 1"] = 0.0062
