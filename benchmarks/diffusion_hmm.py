@@ -148,9 +148,9 @@ def markdown(r: dict) -> str:
         "",
         f"{HIDDEN} hidden states, {VOCAB} tokens, {r['rows']} rows of {r['length']}; {described(r)}.",
         "",
-        f"A cell: KL of the law of neighbouring tokens, in 1e-3 nats (bias of counts removed), and its standard "
-        f"error from 8 groups of rows, which is too large near 0; log p of a token under the source less that "
-        f"of true rows ({true:.4f}), in 1e-3 nats, standard error up to "
+        f"A cell: KL of the law of neighbouring tokens, in 1e-3 nats (bias of counts removed), and its "
+        f"standard error from 8 groups of rows, which is too large near 0; log p of a token under the source "
+        f"less that of true rows ({true:.4f}), in 1e-3 nats, standard error up to "
         f"{1e3 * max(v.get('error', 0) for v in found.values()):.0f}. Only KL is 0 exactly for the law itself: "
         f"text that is too probable has a positive difference. 20 sets of as many rows of the source have KL "
         f"{1e3 * own['kl']:.1f} with a deviation of {1e3 * own['kl_sd']:.1f}: less cannot be seen. The last "
