@@ -1,6 +1,7 @@
 """Psi-samplers: the exact two-token chain, laws of their draws, schedules of kappa, the loop."""
 
 import dataclasses
+import functools
 
 import chex
 import jax
@@ -279,7 +280,7 @@ def test_race():
 
 TABLE_LOGITS = np.random.default_rng(3).standard_normal((6, 6))
 CFG = d.SamplerConfig(vocab=6, steps=5, psi=d.PsiSpec(low="constant-0.5"), nucleus=0.9)
-SHORT = dataclasses.replace(CFG, steps=2, nucleus=1.0)
+SHORT = dataclasses.replace(CFG, steps=1, nucleus=1.0)
 MASKED = dataclasses.replace(CFG, prior="masked", mask_id=4)
 
 
@@ -333,15 +334,20 @@ def test_trajectories_from_given_uniforms(cfg, removal):
     np.testing.assert_array_equal(got, z)
 
 
-def run(cfg, key=0, shape=(4, 8), **more):
-    return jax.jit(lambda key: d.sample(key, denoise, cfg, shape, **more))(jax.random.key(key))
+@functools.cache
+def sampler(cfg, shape):
+    return jax.jit(lambda key: d.sample(key, denoise, cfg, shape))
+
+
+def run(cfg, key=0, shape=(4, 8)):
+    return sampler(cfg, shape)(jax.random.key(key))
 
 
 def test_sampling_is_reproducible_and_each_row_alone():
     """Property 10."""
     with jax.disable_jit():
-        plain = d.sample(jax.random.key(0), denoise, SHORT, (2, 3))
-    np.testing.assert_array_equal(plain, run(SHORT, shape=(2, 3)))
+        plain = d.sample(jax.random.key(0), denoise, SHORT, (1, 3))
+    np.testing.assert_array_equal(plain, run(SHORT, shape=(1, 3)))
     for cfg in (CFG, MASKED):
         got = run(cfg)
         assert got.dtype == jnp.int32 and np.any(got != run(cfg, key=1))
