@@ -4,12 +4,14 @@ Source: MDLM 2406.07524, UDLM 2412.10193, Duo 2506.10892, Duo++ 2602.21185.
 """
 
 import dataclasses
+import math
+import warnings
 from typing import Annotated, Literal
 
 import jax
 import jax.numpy as jnp
 
-from jaxlab.diffusion.curriculum import dense_relaxation, log10_tau, sparse_relaxation
+from jaxlab.diffusion.curriculum import MOST_TAU, dense_relaxation, log10_tau, sparse_relaxation
 from jaxlab.diffusion.forward import q_sample
 from jaxlab.diffusion.losses import masked_nelbo, uniform_nelbo
 from jaxlab.diffusion.operator import gamma_of_alpha, make_operator
@@ -171,6 +173,13 @@ class Diffusion:
         if not 0 <= c.start <= c.end:
             raise ValueError(f"objective.curriculum.start={c.start} must be in [0, end={c.end}]")
         c.check_window("objective.curriculum")
+        most = max(c.log10_start, c.log10_end)
+        if c.kind == "sparse" and most > math.log10(MOST_TAU):
+            warnings.warn(
+                f"objective.curriculum: at temperature 10^{most}, above {MOST_TAU}, the sparse form drops "
+                f"most of the mass; use kind=dense",
+                stacklevel=2,
+            )
 
 
 def mdlm() -> Diffusion:
