@@ -50,6 +50,10 @@ class DiTConfig:
 
     def check(self, mesh_sizes: dict[str, int]) -> None:
         """ValueError for what cannot be built, naming the field and what is allowed."""
+        if self.mixer not in MIXERS:
+            raise ValueError(
+                f"model.mixer={self.mixer!r} must be one of {', '.join(sorted(MIXERS))}"
+            )
         self._like().check(mesh_sizes)
         if self.cond < 1:
             raise ValueError(f"model.cond={self.cond} must be at least 1")

@@ -133,6 +133,9 @@ class Diffusion:
 
     def check(self, model, source) -> None:
         """ValueError when the model, the source or the curriculum cannot serve."""
+        c = self.curriculum
+        if c is not None and self.prior != "uniform":
+            raise ValueError(f"objective.curriculum needs prior='uniform', got {self.prior!r}")
         needed = source.vocab_size() if hasattr(source, "vocab_size") else None
         if not hasattr(model, "takes"):
             raise ValueError(
@@ -159,15 +162,12 @@ class Diffusion:
                 f"model.side={getattr(model, 'side', None)} must equal "
                 f"source.side={getattr(source, 'side', None)}: images need UNetConfig, text DiTConfig"
             )
-        c = self.curriculum
         if c is None:
             return
         if model.takes != "mixtures":
             raise ValueError(
                 f"objective.curriculum must be none: a {type(model).__name__} takes no mixed tokens"
             )
-        if self.prior != "uniform":
-            raise ValueError(f"objective.curriculum needs prior='uniform', got {self.prior!r}")
         if not 2 <= c.k < model.vocab:
             raise ValueError(f"objective.curriculum.k={c.k} must be in [2, {model.vocab - 1}]")
         if not 0 <= c.start <= c.end:
