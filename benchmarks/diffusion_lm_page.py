@@ -52,16 +52,18 @@ def changes(r: dict, which: str, samplers: list[str], calls: list[int]) -> list[
 def page(r: dict) -> str:
     """Markdown: bounds by objective, then perplexity and entropy by sampler and calls."""
     true, (models, samplers, calls) = r["held_out"], grid(r)
+    size = "".join(f" {b['parameters']:,} parameters." for b in [*r["bounds"].values()][:1])
     least = min(c["rows"] for c in r["written"].values())
     lines = [
         f"# Diffusion language models on the embedded text, {r['date']}",
         "",
-        f"{described(r)}. {next(iter(r['bounds'].values()))['parameters']:,} parameters, {r['steps']} steps "
-        "of 32 x 64 bytes; the curricula cover the first half.",
+        f"{described(r)}. {r['steps']} steps of 32 x 64 bytes; the curricula cover the first half.{size}",
         "",
-        "| objective | held-out bound, nats a byte | seeds | each |",
-        "|---|---|---|---|",
     ]
+    if r["bounds"]:
+        lines += ["| objective | held-out bound, nats a byte | seeds | each |", "|---|---|---|---|"]
+    else:
+        lines.append("Held-out bounds: not measured.")
     for name in dict.fromkeys(key.split("/")[0] for key in r["bounds"]):
         losses = [v["loss"] for k, v in r["bounds"].items() if k.split("/")[0] == name]
         mean, error = mean_and_error(losses)
