@@ -40,7 +40,7 @@ def judge(source: Any, steps: int = 600, width: int = 64) -> Judge:
     module, objective, tx = config.build("cpu"), Classify(), optax.adam(2e-3)
     x, y = scaled(parts["train"]["tokens"]), jnp.asarray(parts["train"]["labels"])
 
-    def apply(params, *args, **kwargs):
+    def apply(params, *args, **kwargs) -> Any:
         return module.apply({"params": params}, *args, **kwargs)
 
     @jax.jit

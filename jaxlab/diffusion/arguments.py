@@ -5,6 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from jaxlab import arguments
 from jaxlab.arguments import check_choice, demand, wide
@@ -28,7 +29,7 @@ def per_token(x, dtype, extra: int = 0) -> jax.Array:
 
 def check_range(name: str, value, low: float, high: float, *, open_low: bool = False) -> None:
     """ValueError for values out of [low, high], or (low, high]; of traced ones as `demand`."""
-    shown = "" if isinstance(value, jax.core.Tracer) else f"={value}"
+    shown = "" if isinstance(value, Tracer) else f"={value}"
     message = f"{name}{shown} must be in {'(' if open_low else '['}{low:g}, {high:g}]"
     demand(lambda xp, x: (x > low if open_low else x >= low) & (x <= high), message, value)
 
@@ -37,7 +38,7 @@ def check_alphas(alpha_s, alpha_t) -> None:
     """ValueError for levels out of (0, 1], or a later one above an earlier one; traced ones as `demand`."""
     check_range("alpha_s", alpha_s, 0, 1, open_low=True)
     check_range("alpha_t", alpha_t, 0, 1, open_low=True)
-    traced = any(isinstance(x, jax.core.Tracer) for x in (alpha_s, alpha_t))
+    traced = any(isinstance(x, Tracer) for x in (alpha_s, alpha_t))
     shown = "alpha_s must be at least alpha_t" if traced else (
         f"alpha_s={alpha_s} must be at least alpha_t={alpha_t}"
     )  # fmt: skip

@@ -78,7 +78,7 @@ def gamma_of_alpha(alpha: float, K: int) -> float:
     """
     check_count("K", K, 2)
     low, high = -30.0, 30.0
-    at = lambda gamma: (K * winner_probability(np.float64(gamma), K)[0] - 1) / (K - 1)  # noqa: E731
+    at = lambda gamma: (K * winner_probability(np.asarray(gamma), K)[0] - 1) / (K - 1)  # noqa: E731
     if not 0 < alpha < 1 or at(high) > alpha:
         raise ValueError(f"alpha={alpha} must be in (0, 1), and not below {at(high):.1e}")
     while high - low > 1e-10:
@@ -224,8 +224,8 @@ def make_operator(
             read = _polynomial(alphas)
         else:
             step = width / (POINTS - 1)
-            beyond = _exact(gamma_max + step * np.arange(1, 2 + int(1e-3 / step)), K)[:2]
-            read = _table(*map(np.append, (alphas, rests), beyond), width)
+            more, less, *_ = _exact(gamma_max + step * np.arange(1, 2 + int(1e-3 / step)), K)
+            read = _table(np.append(alphas, more), np.append(rests, less), width)
 
     def operator(gamma: Float[Array, "*b"]) -> Level:
         gamma = wide(gamma)
