@@ -30,7 +30,7 @@ from models.dit import DiTConfig  # noqa: E402
 from train import trainer  # noqa: E402
 from train.checkpoint import Checkpoints  # noqa: E402
 from train.data.bigram import fit_bigram  # noqa: E402
-from train.denoise import Psi, denoiser  # noqa: E402
+from train.denoise import Psi, denoiser, every_class  # noqa: E402
 from train.diffusion import duo, duo_pp, udlm  # noqa: E402
 from train.diffusion import mdlm as masked  # noqa: E402
 from train.evaluate import HeldOut  # noqa: E402
@@ -50,7 +50,7 @@ def experiment(objective, steps: int, seed: int):
     vocab = preset.model.vocab if objective.prior == "masked" else 256
     return dataclasses.replace(
         preset, model=DiTConfig(vocab=vocab, layers=3, d_model=96), objective=objective,
-        source=dataclasses.replace(preset.source, seq_len=64), evaluators=(HeldOut(batches=0),),
+        source=dataclasses.replace(preset.source, seq_len=64), evaluators=(HeldOut(batches=0, passes=8),),
         steps=steps, seed=seed, eval_every=0, log_every=50, save_every=0,
     )  # fmt: skip
 
@@ -101,17 +101,17 @@ class Writer:
 
     def __init__(self, program, params, rows: int):
         self.run, self.params = program.run, params
-        shape = (rows, self.run.source.seq_len)
+        shape, labels = (rows, self.run.source.seq_len), every_class(self.run, rows)
 
         def write(params, key, coefs, config):
-            return sample(key, denoiser(program.apply, params), config, shape, coefs)
+            return sample(key, denoiser(program.apply, params), config, shape, coefs, labels)
 
         self.write = jax.jit(write, static_argnames="config")
 
     def __call__(self, psi: Psi, nucleus: float, nfe: int) -> np.ndarray:
         # The removal is a call too.
         psi = dataclasses.replace(psi, steps=nfe - 1, nucleus=nucleus)
-        config = psi.sampler(self.run.model.vocab, self.run.objective.prior)
+        config = psi.of(self.run)
         plain = dataclasses.replace(config, psi=Psi().sampler(4, "uniform").psi)
         return np.asarray(self.write(self.params, jax.random.key(0), step_coefs(config), plain))
 
@@ -120,21 +120,32 @@ def main() -> None:
     """Trains and writes what is missing, saving after each piece."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=400, help="training steps of each model")
+    parser.add_argument("--objectives", default="mdlm,udlm,duo,duo_pp", help="those that train")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--rows", type=int, default=32, help="rows a sampler writes")
+    parser.add_argument(
+        "--rows", type=int, default=32, help="rows a sampler writes; more replace fewer"
+    )
     parser.add_argument("--models", default="mdlm,duo_pp", help="those that write")
     parser.add_argument("--nfe", default="16,32,64,128,256,512,1024", help="calls of the network")
+    parser.add_argument("--samplers", default=",".join(SAMPLERS), help="some of the default")
     parser.add_argument("--nucleus", default="0.9", help="several: 0.9,1")
     parser.add_argument("--work", type=Path, default=ROOT / "runs" / "diffusion_lm")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     options = parser.parse_args()
     half = options.steps // 2
     objectives = {"mdlm": masked(), "udlm": udlm(), "duo": duo(half), "duo_pp": duo_pp(half)}
-    if unknown := set(options.models.split(",")) - set(objectives):
-        parser.error(f"--models={options.models}: {sorted(unknown)} must be of {list(objectives)}")
+    for name, known in (
+        ("models", objectives),
+        ("objectives", objectives),
+        ("samplers", SAMPLERS),
+    ):
+        if unknown := set(getattr(options, name).split(",")) - set(known):
+            parser.error(f"--{name}: {sorted(unknown)} must be of {list(known)}")
     file = options.out / f"diffusion_lm_{jax.default_backend()}.json"
     options.out.mkdir(parents=True, exist_ok=True)
     record = json.loads(file.read_text()) if file.exists() else {"bounds": {}, "written": {}}
+    if record.get("steps", options.steps) != options.steps:
+        parser.error(f"--steps={options.steps}: {file} is of {record['steps']}; use another --out")
 
     def note(part: str, name: str, found: dict) -> None:
         record[part][name] = found
@@ -143,10 +154,10 @@ def main() -> None:
         print(name, json.dumps(found), flush=True)
 
     for seed in range(options.seeds):
-        for name, objective in objectives.items():
+        for name in options.objectives.split(","):
             if (key := f"{name}/{seed}") in record["bounds"]:
                 continue
-            run = experiment(objective, options.steps, seed)
+            run = experiment(objectives[name], options.steps, seed)
             begin = time.perf_counter()
             _, params, values = trained(run, options.work / f"{name}_{seed}")
             found = {"loss": values["valid/loss"], "seconds": time.perf_counter() - begin}
@@ -154,17 +165,20 @@ def main() -> None:
             note("bounds", key, found | {"parameters": size})
     judges = Judges(options.work / "judge", 64)
     record["held_out"] = judges(judges.held_out) | {"judge_loss": judges.values["valid/loss"]}
-    record |= {"steps": options.steps, "rows": options.rows}
+    record["steps"] = options.steps
     for name in options.models.split(","):
         run = dataclasses.replace(experiment(objectives[name], options.steps, 0), evaluators=())
         writer = Writer(*trained(run, options.work / f"{name}_0")[:2], options.rows)
         for nucleus in map(float, options.nucleus.split(",")):
             for nfe in map(int, options.nfe.split(",")):
-                for kind, psi in SAMPLERS.items():
-                    if (key := f"{name}/{kind}/{nucleus:g}/{nfe}") in record["written"]:
+                for kind in options.samplers.split(","):
+                    psi = SAMPLERS[kind]
+                    key = f"{name}/{kind}/{nucleus:g}/{nfe}"
+                    # A row does not depend on how many there are: more rows contain the fewer.
+                    if record["written"].get(key, {}).get("rows", 0) >= options.rows:
                         continue
                     begin = time.perf_counter()
-                    found = judges(writer(psi, nucleus, nfe))
+                    found = judges(writer(psi, nucleus, nfe)) | {"rows": options.rows}
                     note("written", key, found | {"seconds": time.perf_counter() - begin})
     file.with_suffix(".md").write_text(page(record))
     plot(record, file.with_suffix(".png"))

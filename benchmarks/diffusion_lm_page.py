@@ -51,16 +51,19 @@ def changes(r: dict, which: str, samplers: list[str], calls: list[int]) -> list[
 
 def page(r: dict) -> str:
     """Markdown: bounds by objective, then perplexity and entropy by sampler and calls."""
-    true = r["held_out"]
+    true, (models, samplers, calls) = r["held_out"], grid(r)
+    size = "".join(f" {b['parameters']:,} parameters." for b in [*r["bounds"].values()][:1])
+    least = min(c["rows"] for c in r["written"].values())
     lines = [
         f"# Diffusion language models on the embedded text, {r['date']}",
         "",
-        f"{described(r)}. {next(iter(r['bounds'].values()))['parameters']:,} parameters, {r['steps']} steps "
-        "of 32 x 64 bytes; the curricula cover the first half.",
+        f"{described(r)}. {r['steps']} steps of 32 x 64 bytes; the curricula cover the first half.{size}",
         "",
-        "| objective | held-out bound, nats a byte | seeds | each |",
-        "|---|---|---|---|",
     ]
+    if r["bounds"]:
+        lines += ["| objective | held-out bound, nats a byte | seeds | each |", "|---|---|---|---|"]
+    else:
+        lines.append("Held-out bounds: not measured.")
     for name in dict.fromkeys(key.split("/")[0] for key in r["bounds"]):
         losses = [v["loss"] for k, v in r["bounds"].items() if k.split("/")[0] == name]
         mean, error = mean_and_error(losses)
@@ -69,13 +72,12 @@ def page(r: dict) -> str:
         lines.append(f"| {name} | {mean:.3f}{spare} | {len(losses)} | {each} |")
     lines += [
         "",
-        f"{r['rows']} rows of 64 bytes of the models of seed 0: perplexity a byte under a decoder trained on "
-        f"the same text ({true['judge_loss']:.3f} nats on held-out rows of 256), its standard error, "
-        "perplexity under a bigram model, unigram entropy in nats. The first 64 held-out rows so long have "
-        f"{true['perplexity']:.1f} ± {true['error']:.1f}, {true['bigram']:.1f} and "
-        f"{true['entropy']:.2f}.",
+        f"{least} rows of 64 bytes (a cell that says so has more) of the models of seed 0: perplexity a byte "
+        f"under a decoder trained on the same text ({true['judge_loss']:.3f} nats on held-out rows of 256), "
+        "its standard error, perplexity under a bigram model, unigram entropy in nats. The first 64 "
+        f"held-out rows so long have {true['perplexity']:.1f} ± {true['error']:.1f}, "
+        f"{true['bigram']:.1f} and {true['entropy']:.2f}.",
     ]
-    models, samplers, calls = grid(r)
     for which in models:
         model, nucleus = which.split("/")
         lines += ["", f"## {model}, nucleus {nucleus}", ""]
@@ -84,8 +86,9 @@ def page(r: dict) -> str:
             cells = []
             for n in calls:
                 c = cell(r, which, sampler, n)
+                more = f" ({c['rows']} rows)" if c and c["rows"] > least else ""
                 cells.append("" if c is None else (
-                    f"{c['perplexity']:.1f} ± {c['error']:.1f}; {c['bigram']:.1f}; {c['entropy']:.2f}"
+                    f"{c['perplexity']:.1f} ± {c['error']:.1f}; {c['bigram']:.1f}; {c['entropy']:.2f}{more}"
                 ))  # fmt: skip
             lines.append(f"| {sampler} | {' | '.join(cells)} |")
         lines += ["", *changes(r, which, samplers, calls)]

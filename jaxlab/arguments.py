@@ -1,10 +1,21 @@
-"""What every package here asks of its arguments: errors name the argument, its value and what is allowed."""
+"""What every package here asks of its arguments: errors name the argument, its value and what is allowed.
 
+What depends on the values of an array raises ValueError where they are known (outside jit and vmap), and is
+a `checkify.debug_check` where they are traced: silent unless the caller wraps the function in
+`checkify.checkify`.
+"""
+
+import math
+import numbers
 import operator
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+from jax.experimental import checkify
 
 
 def wide_type(*arrays) -> jnp.dtype:
@@ -16,6 +27,24 @@ def wide(x) -> jax.Array:
     """`x` as an array of its `wide_type`: float64 stays, smaller types and integers become float32."""
     x = jnp.asarray(x)
     return x.astype(wide_type(x))
+
+
+def demand(holds: Callable[..., Any], message: str, *arrays) -> None:
+    """ValueError(message) unless `holds(numpy or jax.numpy, *arrays)` everywhere; see the module."""
+    if any(isinstance(x, Tracer) for x in arrays):
+        checkify.debug_check(jnp.all(holds(jnp, *arrays)), message.replace("{", "{{"))
+    elif not np.all(holds(np, *map(np.asarray, arrays))):
+        raise ValueError(message)
+
+
+def check_number(name: str, value, low: float, high: float = math.inf, *, above=False) -> None:
+    """ValueError unless `value` is a finite number in [low, high]; (low, high] if `above`."""
+    real = isinstance(value, numbers.Real | np.number) and not isinstance(value, bool)
+    number = float(value) if real else math.nan  # type: ignore[arg-type]
+    if not (math.isfinite(number) and low <= number <= high) or (above and number == low):
+        bounds = f"{'above' if above else 'at least'} {low}"
+        bounds += f" and at most {high}" if high < math.inf else ""
+        raise ValueError(f"{name}={value!r} must be a finite number {bounds}")
 
 
 def check_count(

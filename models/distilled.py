@@ -20,9 +20,9 @@ class Distilled(Wrapped):
     base: DiTConfig = dataclasses.field(default_factory=DiTConfig)
 
     @property
-    def cond(self) -> int:
-        """Width of the noise level's embedding of both."""
-        return self.base.cond
+    def takes(self) -> str:
+        """As the base."""
+        return self.base.takes
 
     def build(self, platform: str) -> "DistilledModule":
         """The base's module, for two sets of parameters."""

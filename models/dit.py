@@ -6,7 +6,7 @@ Source: Peebles and Xie, 2212.09748; note on Psi-samplers, section 8.1.
 import dataclasses
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import flax.linen as nn
 import jax
@@ -30,6 +30,8 @@ class DiTConfig:
     """Shape of a DiT on tokens; defaults train in minutes on a laptop. The masked prior's mask is the
     last id of the vocabulary."""
 
+    takes: ClassVar[str] = "mixtures"  # of a denoiser: of tokens, as well as tokens
+
     vocab: Annotated[int, "vocabulary, with the mask if there is one; at least the tokenizer's"] = (
         256
     )
@@ -48,6 +50,10 @@ class DiTConfig:
 
     def check(self, mesh_sizes: dict[str, int]) -> None:
         """ValueError for what cannot be built, naming the field and what is allowed."""
+        if self.mixer not in MIXERS:
+            raise ValueError(
+                f"model.mixer={self.mixer!r} must be one of {', '.join(sorted(MIXERS))}"
+            )
         self._like().check(mesh_sizes)
         if self.cond < 1:
             raise ValueError(f"model.cond={self.cond} must be at least 1")

@@ -49,11 +49,16 @@ def chain(*logits):
     return d.HMM(*map(_probs, logits))
 
 
+def _features(key, dtype):
+    return normal(key, dtype, (6, 3), (5, 3))
+
+
 def _chain_logits(key, dtype):
     return normal(key, dtype, (3,), (3, 3), (3, 4))
 
 
 CASES = {
+    "frechet_distance": row(d.frechet_distance, _features),
     "cosine": row(lambda x: d.cosine(unit(x)), _number),
     "log_linear": row(_level, _number),
     "inverse_cosine": row(lambda x: d.inverse_cosine(unit(x)), _number),
@@ -145,6 +150,7 @@ EXEMPT = {
         "ids_from_draws": "integers, tested in test_diffusion_curriculum.py",
         "distinct_ids": "integers, tested in test_diffusion_curriculum.py",
         "make_operator": "makes a function on the host, tested in test_diffusion_curriculum.py",
+        "gamma_of_alpha": "host only, tested in test_diffusion_curriculum.py",
         "winner_probability": "host only, tested in test_diffusion_curriculum.py",
         "dcd_delta": "a number from an integer, tested in test_diffusion_curriculum.py",
         "unigram_entropy": "of integers, tested in test_diffusion_curriculum.py",

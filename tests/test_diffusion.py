@@ -7,6 +7,7 @@ import pytest
 from diffusion_oracle import forward, nelbo, nelbo_release, posterior, prior_vector, psi
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.experimental import checkify
 from jax.test_util import check_grads
 
 from jaxlab import diffusion as d
@@ -343,3 +344,19 @@ WRONG = {
 def test_wrong_arguments_are_named(message):
     with pytest.raises((ValueError, TypeError), match=message):
         WRONG[message]()
+
+
+def test_numbers_of_arrays_are_checked_where_they_are_known():
+    """At once outside jit, lists too; inside only under checkify."""
+    p, z = np.full((1, 3), 1 / 3), np.zeros(1, int)
+    call = lambda kappa: d.psi_probs(p, z, 0.5, 0.3, kappa, "uniform")  # noqa: E731
+    for kappa in (2.0, [2.0], np.array([-1.0]), jnp.float32(2.0)):
+        with pytest.raises(ValueError, match="kappa"):
+            call(kappa)
+    with pytest.raises(ValueError, match="at least alpha_t"):
+        d.posterior_probs(p, z, jnp.float32(0.2), jnp.float32(0.3), "uniform")
+    traced = jax.jit(call)
+    assert np.all(np.isfinite(traced(2.0)))
+    checked = checkify.checkify(traced)
+    assert checked(0.5)[0].get() is None
+    assert "kappa must be in [0, 1]" in checked(2.0)[0].get()

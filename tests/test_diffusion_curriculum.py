@@ -44,10 +44,18 @@ def test_operator_has_the_reference_values(K, kind):
     np.testing.assert_allclose(level.alpha, alphas, atol=tolerance)
     np.testing.assert_allclose(level.alpha + level.one_minus_alpha, 1, atol=1e-6)
     for i, slope in enumerate(slopes):
-        if slope is not None and not (kind == "table" and i == len(slopes) - 1):
+        if slope is not None:
             width = gammas[-1] - gammas[0]
             loose = 3e-6 if kind in ("exact", "series") else 0.05
             np.testing.assert_allclose(level.dalpha[i] / width, slope, rtol=loose)
+
+
+def test_approximations_say_where_they_end():
+    """The release's first window: 150 terms do not reach it, and a polynomial leaves (0, 1) in a wide one."""
+    with pytest.raises(ValueError, match="gamma_min=-5"):
+        d.make_operator(50257, -5.0, -1.0, "series")
+    level = d.make_operator(30522, -4.0, 6.0, "poly9")(jnp.linspace(-4, 6, 99))
+    assert np.all(level.alpha > 0) and np.all(level.alpha <= 1)
 
 
 def test_poly9_is_the_polynomial_of_the_release():
@@ -86,6 +94,16 @@ def test_operator_is_monotone_and_its_derivative_true(K):
         np.testing.assert_array_equal(operator(gamma - 9).alpha, operator(0 * gamma - 5).alpha)
     sure, blank = d.winner_probability(np.array([-20.0, 60.0]), K)[0]
     np.testing.assert_allclose([sure, blank], [1, 1 / K], atol=1e-12)
+
+
+@pytest.mark.parametrize("alpha", [1 - 1e-6, 0.945, 0.049, 1e-5])
+@pytest.mark.parametrize("K", [2, 256, 50257])
+def test_gamma_of_a_share_is_the_inverse_of_the_operator(K, alpha):
+    gamma = d.gamma_of_alpha(alpha, K)
+    p, _ = d.winner_probability(np.array(gamma), K)
+    assert abs((K * p - 1) / (K - 1) - alpha) < 1e-9
+    if (K, alpha) == (2, 0.049):
+        assert abs(2 * special.ndtr(np.exp(-gamma / 2) / 2**0.5) - 1 - alpha) < 1e-9
 
 
 def test_operator_is_the_law_of_the_argmax():
@@ -243,12 +261,28 @@ def test_float32_weights(k):
 
 
 def test_sparse_is_dense_when_all_others_are_kept():
-    """k = K - 1 leaves no tail but the own or the smallest coordinate."""
-    x0, ids, weights, z = relaxed(3, 4, 100, 0.7, 0.7, tau=0.2)
-    # in_topk: one other is left to the mean; else the own coordinate is counted itself.
-    outside = ~np.any(np.asarray(ids) == np.asarray(x0)[..., None], -1)
-    assert outside.any() and np.all(np.sum(weights, -1)[outside] < 1)
-    assert np.all(np.isfinite(weights))
+    """k = K - 1 with the own coordinate below: nothing is left to a mean. The temperature is warned of."""
+    random, shape = np.random.default_rng(0), (1, 300, 3)
+    uniforms, normals = 1 - random.uniform(size=shape), random.standard_normal(shape[:2])
+    draws = np.stack([random.integers(0, 3 - i, shape[:2]) for i in range(3)], -1)
+    x0 = random.integers(0, 4, shape[:2])
+
+    @jax.jit
+    def run():
+        parts = d.sparse_from_draws(uniforms, normals, draws, x0, 0.2, 0.7, 0.2, 4)
+        return *parts, d.gaussian_topk(uniforms, 3, 0.7)
+
+    with pytest.warns(UserWarning, match="tau=0.2 is above"):
+        ids, weights, z, values = map(np.asarray, run())
+    own = 0.2 + 0.7 * normals
+    below = own < values[..., -1] - 1e-6
+    all_of_them = np.exp(np.concatenate([values, own[..., None]], -1) / 0.2)
+    want = all_of_them / all_of_them.sum(-1, keepdims=True)
+    assert 20 < below.sum() < 280
+    np.testing.assert_allclose(weights[below], want[below][:, :3], rtol=2e-6)
+    np.testing.assert_array_equal(z[below], ids[below][:, 0])
+    every = np.concatenate([ids, x0[..., None]], -1)[below]
+    np.testing.assert_array_equal(np.sort(every, -1), np.arange(4) + np.zeros_like(every))
 
 
 def test_dense_relaxation_and_embeddings():

@@ -1,6 +1,7 @@
 """Psi-samplers: the exact two-token chain, laws of their draws, schedules of kappa, the loop."""
 
 import dataclasses
+import functools
 
 import chex
 import jax
@@ -279,7 +280,7 @@ def test_race():
 
 TABLE_LOGITS = np.random.default_rng(3).standard_normal((6, 6))
 CFG = d.SamplerConfig(vocab=6, steps=5, psi=d.PsiSpec(low="constant-0.5"), nucleus=0.9)
-SHORT = dataclasses.replace(CFG, steps=2, nucleus=1.0)
+SHORT = dataclasses.replace(CFG, steps=1, nucleus=1.0)
 MASKED = dataclasses.replace(CFG, prior="masked", mask_id=4)
 
 
@@ -333,15 +334,20 @@ def test_trajectories_from_given_uniforms(cfg, removal):
     np.testing.assert_array_equal(got, z)
 
 
-def run(cfg, key=0, shape=(4, 8), **more):
-    return jax.jit(lambda key: d.sample(key, denoise, cfg, shape, **more))(jax.random.key(key))
+@functools.cache
+def sampler(cfg, shape):
+    return jax.jit(lambda key: d.sample(key, denoise, cfg, shape))
+
+
+def run(cfg, key=0, shape=(4, 8)):
+    return sampler(cfg, shape)(jax.random.key(key))
 
 
 def test_sampling_is_reproducible_and_each_row_alone():
     """Property 10."""
     with jax.disable_jit():
-        plain = d.sample(jax.random.key(0), denoise, SHORT, (2, 3))
-    np.testing.assert_array_equal(plain, run(SHORT, shape=(2, 3)))
+        plain = d.sample(jax.random.key(0), denoise, SHORT, (1, 3))
+    np.testing.assert_array_equal(plain, run(SHORT, shape=(1, 3)))
     for cfg in (CFG, MASKED):
         got = run(cfg)
         assert got.dtype == jnp.int32 and np.any(got != run(cfg, key=1))
@@ -401,6 +407,24 @@ def test_a_constant_guess_is_exact_for_any_steps(prior):
     got = jax.jit(lambda key: d.sample(key, constant, cfg, (100, 1000)))(jax.random.key(0))
     counts = np.bincount(np.ravel(got), minlength=4)
     assert stats.chisquare(counts, p * counts.sum()).pvalue > 1e-3
+
+
+@pytest.mark.parametrize("prior, mask", [("uniform", None), ("masked", 5)])
+def test_guidance_with_a_nucleus_writes_what_the_class_allows(prior, mask):
+    """The two nuclei, of one token each, have none in common."""
+    logits = 9.0 * jnp.asarray(np.eye(6)[[2, 3]]) - 4.5
+
+    def network(z, sigma, labels):
+        return jnp.broadcast_to(logits[labels][:, None], (*z.shape, 6))
+
+    cfg = d.SamplerConfig(
+        6, 3, prior, mask, nucleus=0.9, guidance=1.5, num_classes=1
+    )  # class 0, or none
+    labels, key = jnp.zeros(4, int), jax.random.key(0)
+    call = jax.jit(lambda key: d.sample(key, network, cfg, (4, 8), labels=labels, trajectory=True))
+    tokens, seen = call(key)
+    np.testing.assert_array_equal(tokens, 2)
+    assert seen.shape == (3, 4, 8) and np.any(seen != 2)
 
 
 @pytest.mark.slow

@@ -89,7 +89,7 @@ def test_what_is_no_pair_is_refused():
     for run, message in (
         (dataclasses.replace(PAIR, model=BASE.model), "Distilled"),
         (dataclasses.replace(PAIR, objective=Dcd(every=0)), "every=0"),
-        (dataclasses.replace(PAIR, objective=Dcd(gamma_min=0.0)), "gamma_min=0.0"),
+        (dataclasses.replace(PAIR, objective=Dcd(alpha_max=0.0)), "alpha_max=0.0"),
         (dataclasses.replace(PAIR, model=Distilled(DiTConfig(heads=3))), "model.base.heads=3"),
     ):
         with pytest.raises(ValueError, match=message):

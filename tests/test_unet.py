@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from scipy import special
 from scipy.special import expit, log_expit
 
 from models.unet import UNet, truncated_logistic
@@ -45,25 +46,111 @@ def test_bins_hold_the_probability_of_the_logistic():
     np.testing.assert_allclose(got, mass / mass.sum(), atol=1e-4)
 
 
-def test_network_depends_on_image_level_and_class_and_has_gradients():
-    module = SMALL.clone(num_classes=3)
-    x = jax.random.randint(jax.random.key(0), (2, 3 * 4 * 4), 0, 16)
-    sigma, labels = jnp.array([0.1, 2.0]), jnp.array([0, 3])
-    params = nn.unbox(module.init(jax.random.key(1), x, sigma, labels=labels))["params"]
-    # The last convolutions start at zero: move them, lest nothing be seen.
-    params = jax.tree.map(lambda a: a + 0.05, params)
+def dense(x, p):
+    return x @ p["kernel"] + p["bias"]
 
-    def loss(params, x, sigma, labels):
-        logs = jax.nn.log_softmax(module.apply({"params": params}, x, sigma, labels=labels))
-        return jnp.mean(logs[..., 3])
 
-    call = jax.jit(jax.value_and_grad(loss))
-    value, grads = call(params, x, sigma, labels)
-    flat = jax.tree.leaves(grads)
-    assert np.isfinite(value) and all(np.all(np.isfinite(g)) for g in flat)
-    assert sum(bool(jnp.any(g)) for g in flat) > 0.9 * len(flat)
+def silu(x):
+    return x * expit(x)
+
+
+def norm(x, p):
+    """GroupNorm of [b, y, x, c] with min(c / 4, 32) groups."""
+    groups = min(x.shape[-1] // 4, 32)
+    parts = x.reshape(len(x), -1, groups, x.shape[-1] // groups)
+    mean, var = parts.mean((1, 3), keepdims=True), parts.var((1, 3), keepdims=True)
+    return ((parts - mean) / np.sqrt(var + 1e-6)).reshape(x.shape) * p["scale"] + p["bias"]
+
+
+def conv(x, p, stride=1, pad=(1, 1)):
+    n = (x.shape[1] + sum(pad) - 3) // stride + 1
+    x, out = np.pad(x, ((0, 0), pad, pad, (0, 0))), p["bias"]
+    for i, j in np.ndindex(3, 3):
+        out = (
+            out + x[:, i : i + stride * n : stride, j : j + stride * n : stride] @ p["kernel"][i, j]
+        )
+    return out
+
+
+def residual(x, level, p):
+    h = conv(silu(norm(x, p["GroupNorm_0"])), p["Conv_0"])
+    h = h + dense(level, p["Dense_0"])[:, None, None]
+    h = conv(silu(norm(h, p["GroupNorm_1"])), p["Conv_1"])
+    return ((dense(x, p["Dense_1"]) if "Dense_1" in p else x) + h) / np.sqrt(2)
+
+
+def attention(x, p):
+    q, k, v = np.split(
+        dense(norm(x, p["GroupNorm_0"]).reshape(len(x), -1, x.shape[-1]), p["Dense_0"]), 3, -1
+    )
+    mixed = special.softmax(q @ k.swapaxes(1, 2) / np.sqrt(x.shape[-1]), -1) @ v
+    return (x + dense(mixed, p["Dense_1"]).reshape(x.shape)) / np.sqrt(2)
+
+
+def described(p, tokens, sigma, labels, v=16, c=8):
+    """Section 8.2 of the note for two scales, one block each, attention at the second: [b, 2, 3, y, x]."""
+    side = int((tokens.shape[1] / 3) ** 0.5)
+    image = (2 * tokens / v - 1).reshape(-1, 3, side, side).transpose(0, 2, 3, 1)
+    half = np.arange(c // 2)
+    angles = 1000 * sigma[:, None] * np.exp(-np.log(1e4) * half / (c // 2 - 1))
+    level = dense(np.concatenate([np.sin(angles), np.cos(angles)], -1), p["Dense_0"])
+    level = dense(silu(level), p["Dense_1"]) + p["Embed_0"]["embedding"][labels]
+    res = [lambda x, i=i: residual(x, silu(level), p[f"ResBlock_{i}"]) for i in range(8)]
+    att = [lambda x, i=i: attention(x, p[f"PixelAttention_{i}"]) for i in range(4)]
+    skips = [conv(image, p["Conv_0"])]
+    skips.append(res[0](skips[-1]))
+    skips.append(conv(skips[-1], p["Conv_1"], 2, (0, 1)))
+    skips.append(att[0](res[1](skips[-1])))
+    h = res[3](att[1](res[2](skips[-1])))
+    for i in (4, 5):
+        h = att[i - 2](res[i](np.concatenate([h, skips.pop()], -1)))
+    h = conv(h.repeat(2, 1).repeat(2, 2), p["Conv_2"])
+    for i in (6, 7):
+        h = res[i](np.concatenate([h, skips.pop()], -1))
+    h = conv(silu(norm(h, p["GroupNorm_0"])), p["Conv_3"])
+    return np.concatenate([np.tanh(image + h[..., :3]), h[..., 3:]], -1).transpose(0, 3, 1, 2)
+
+
+MODULE = SMALL.clone(num_classes=3)
+
+
+@pytest.fixture(scope="module")
+def case():
+    """(parameters, tokens, levels, labels)."""
+    random = np.random.default_rng(0)
+    x, sigma, labels = random.integers(0, 16, (2, 48)), np.float32([0.1, 2.0]), np.array([0, 3])
+    shapes = jax.eval_shape(MODULE.init, jax.random.key(1), x, sigma, labels=labels)
+    draw = lambda a: np.float32(random.normal(0.1, 0.3, a.shape))  # noqa: E731
+    return jax.tree.map(draw, nn.unbox(shapes)["params"]), x, sigma, labels
+
+
+def test_network_is_the_description(case):
+    """Logits against float64; they depend on image, level and class."""
+    params, x, sigma, labels = case
+    call = jax.jit(lambda *args: MODULE.apply({"params": params}, *args[:2], labels=args[2]))
+    logits = call(x, sigma, labels)
+    wide = jax.tree.map(np.float64, params)
+    want = bins(described(wide, x, np.float64(sigma), labels), 16, False)
+    np.testing.assert_allclose(logits, want, rtol=3e-4, atol=3e-4)
     for other in ((1 - x % 2, sigma, labels), (x, sigma + 1, labels), (x, sigma, labels - labels)):
-        assert call(params, *other)[0] != value
+        assert np.any(call(*other) != logits)
+
+
+@pytest.mark.slow
+def test_every_parameter_has_a_gradient(case):
+    params, x, sigma, labels = case
+
+    @jax.jit
+    def gradient(params):
+        def loss(params):
+            logs = jax.nn.log_softmax(MODULE.apply({"params": params}, x, sigma, labels=labels))
+            return jnp.mean(logs[..., 3])
+
+        return jax.grad(loss)(params)
+
+    flat = jax.tree.leaves(gradient(params))
+    assert all(np.all(np.isfinite(g)) for g in flat)
+    assert sum(bool(jnp.any(g)) for g in flat) > 0.9 * len(flat)
 
 
 def test_default_is_the_network_of_the_release():

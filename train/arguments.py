@@ -71,7 +71,7 @@ def parser() -> argparse.ArgumentParser:
         help="text to continue, default 'The '; may be repeated; -: every line of the input",
     )  # fmt: skip
     sample.add_argument(
-        "--tokens", type=_integer(1, MOST_TOKENS), default=200, help="tokens to write, at most"
+        "--tokens", type=_integer(1, MOST_TOKENS), help="tokens to write, at most; default 200"
     )
     sample.add_argument(
         "--n", type=_integer(1), default=1, help="continuations of each prompt; rows, in diffusion"
@@ -87,7 +87,7 @@ def parser() -> argparse.ArgumentParser:
         "--views", type=_integer(1), default=1, metavar="N",
         help="show the rows of a diffusion model at N moments",
     )  # fmt: skip
-    sample.add_argument("--temperature", type=_number(0), default=0.8, help="0: greedy")
+    sample.add_argument("--temperature", type=_number(0), help="0: greedy; default 0.8")
     sample.add_argument("--top-k", type=_integer(1), help="draw from the K most probable tokens")
     sample.add_argument("--top-p", type=_number(), help="from the fewest of together probability P")
     sample.add_argument(

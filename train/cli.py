@@ -217,12 +217,13 @@ def sample(args: argparse.Namespace, presets: Mapping[str, Preset]) -> int:
         raise ValueError("--prompt -: the input has no lines")
     if "" in args.stop:
         raise ValueError("--stop '' must not be empty")
-    sampling = Sampling(args.temperature, args.top_k, args.top_p, args.min_p).check()
+    temperature = 0.8 if args.temperature is None else args.temperature
+    sampling = Sampling(temperature, args.top_k, args.top_p, args.min_p).check()
     run, program, params, _ = open_run(args, [], evaluators=False)
-    if not hasattr(run.source, "tokenizer"):
-        raise ValueError(f"{args.run} is not a run on text: it has no source.tokenizer")
     if hasattr(run.objective, "prior"):
         return _denoise(args, run, program, params)
+    if not hasattr(run.source, "tokenizer"):
+        raise ValueError(f"{args.run} is not a run on text: it has no source.tokenizer")
     for name in ("psi", "views"):
         if getattr(args, name) not in ([], 1):
             raise ValueError(f"--{name} is for diffusion models; {args.run} has another objective")
@@ -237,7 +238,7 @@ def sample(args: argparse.Namespace, presets: Mapping[str, Preset]) -> int:
         model, params = merged(run.model, params)
         module, params = unroll(model.build(program.mesh.devices.flat[0].platform), params)
         writer = Writer(
-            module, run.source.make_tokenizer(), prompts, tokens=args.tokens,
+            module, run.source.make_tokenizer(), prompts, tokens=args.tokens or 200,
             samples=args.n, sampling=sampling, stop=args.stop, ends=end_tokens(args.run), piece=8,
         )  # fmt: skip
         print_rows(prompts, args.n, writer.write(params, jax.random.key(args.seed)))
@@ -250,6 +251,13 @@ def _denoise(args: argparse.Namespace, run: Any, program: Any, params: Any) -> i
         raise ValueError(
             "--prompt and --stop mean nothing to a diffusion model: it writes whole rows"
         )
+    for name in ("tokens", "temperature", "top_k", "top_p", "min_p"):
+        if getattr(args, name) is not None:
+            option = name.replace("_", "-")
+            raise ValueError(
+                f"--{option} means nothing to a diffusion model, whose rows have a length: use --psi, "
+                f"such as --psi nucleus=0.9"
+            )
     import jax
 
     from train.denoise import Psi, write_rows

@@ -13,14 +13,13 @@ import jax.numpy as jnp
 
 from jaxlab.diffusion.distill import dcd_delta, dcd_loss, dcd_pair
 from jaxlab.diffusion.operator import make_operator
-from jaxlab.diffusion.schedules import sample_times
 from models.distilled import Distilled
-from train.diffusion import Diffusion
+from train.diffusion import Diffusion, Window
 from train.run import Run
 
 
 @dataclasses.dataclass(frozen=True)
-class Dcd:
+class Dcd(Window):
     """KL divergence a token between student and frozen teacher, at two noise levels of one Gaussian draw.
 
     In rounds: the distance of the levels doubles, and the teacher becomes the student as it is. Held
@@ -32,27 +31,33 @@ class Dcd:
     direction: Annotated[
         Literal["kl-bwd", "kl-fwd"], "of the student from the teacher, or back"
     ] = "kl-bwd"
-    gamma_min: Annotated[float, "log(noise/signal) at time 0"] = -4.0
-    gamma_max: Annotated[float, "log(noise/signal) at time 1"] = -1.0
+    _: dataclasses.KW_ONLY
+    # Gamma from -4 to -1 with 50,257 tokens.
+    alpha_max: Annotated[float, "share of tokens that are kept at time 0"] = 0.9987
+    alpha_min: Annotated[float, "share of tokens that are kept at time 1"] = 0.0062
 
     @property
     def prior(self) -> str:
         """What tokens turn into: any other, as the Gaussian pair needs it."""
         return "uniform"
 
+    def prepare(self, batch, key):
+        """The times of all rows."""
+        return Diffusion("uniform").prepare(batch, key)
+
     def __call__(self, apply, params, batch, key):
         if "step" not in batch:
             return Diffusion("uniform")(apply, params, batch, key)
         x0, vocab = batch["tokens"], params["student"]["embedding"].shape[0]
         where = {name: batch[name] for name in ("positions", "segment_ids")}
-        time_key, pair_key, dropout_key = jax.random.split(key, 3)
+        _, pair_key, dropout_key = jax.random.split(key, 3)
         delta = dcd_delta(batch["step"], self.T, self.every)
-        t = jnp.clip(sample_times(time_key, len(x0)) + delta, 0, 1)
+        time = batch["time"] if "time" in batch else self.prepare(batch, key)["time"]
+        t = jnp.clip(time + delta, 0, 1)
         s = jnp.maximum(t - delta, 0)
-        gamma_t, gamma_s = (
-            self.gamma_min + (self.gamma_max - self.gamma_min) * x[:, None] for x in (t, s)
-        )
-        operator = make_operator(vocab, self.gamma_min, self.gamma_max)
+        low, high = self.gammas(vocab)
+        gamma_t, gamma_s = (low + (high - low) * x[:, None] for x in (t, s))
+        operator = make_operator(vocab, low, high)
         z_t, z_s = dcd_pair(pair_key, x0, gamma_t, gamma_s, vocab)
         sigma_t, sigma_s = (-jnp.log(operator(g).alpha[:, 0]) for g in (gamma_t, gamma_s))
         how = where | {"deterministic": False, "rngs": {"dropout": dropout_key}}
@@ -78,10 +83,7 @@ class Dcd:
         for name in ("T", "every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"objective.{name}={getattr(self, name)} must be at least 1")
-        if not self.gamma_min < self.gamma_max:
-            raise ValueError(
-                f"objective.gamma_min={self.gamma_min} must be below gamma_max={self.gamma_max}"
-            )
+        self.check_window("objective")
 
 
 def rounds(steps: int, objective: Dcd) -> int:
@@ -107,7 +109,9 @@ def start_distillation(teacher: Path, preset: Run, folder: Path, assignments: li
     with all_or_none():
         refuse_occupied(folder)
         old = dataclasses.replace(load_run(teacher), evaluators=(), mesh=preset.mesh)
-        if getattr(old.objective, "prior", None) != "uniform":
+        if getattr(old.objective, "prior", None) != "uniform" or not hasattr(
+            old.source, "tokenizer"
+        ):
             raise ValueError(
                 f"{teacher} cannot teach: dcd needs uniform diffusion of text (udlm, duo, duo_pp), "
                 f"got {old.objective}"

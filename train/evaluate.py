@@ -10,7 +10,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from train.feed import global_batch
-from train.state import in_microbatches
+from train.state import in_microbatches, prepared
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,10 +42,14 @@ class HeldOut:
     """Metrics of the objective on the held-out split, exact over the tokens seen."""
 
     batches: Annotated[int, "batches of the held-out split; 0: all of it"] = 8
+    passes: Annotated[int, "times over them, where the objective draws noise"] = 1
 
     def check(self, run) -> None:
-        if self.batches < 0:
-            raise ValueError(f"evaluators batches={self.batches} must be at least 0")
+        for name, least in (("batches", 0), ("passes", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(
+                    f"evaluators {name}={getattr(self, name)} must be at least {least}"
+                )
 
     def make(self, scene):
         run, index_count = scene.run, scene.rows
@@ -56,16 +60,19 @@ class HeldOut:
         total = rows.num_batches if self.batches == 0 else min(self.batches, rows.num_batches)
 
         @jax.jit
-        def metrics(params, batch):
+        def metrics(params, batch, i):
             found = lambda part, key: run.objective(scene.apply, params, part, key)[1]  # noqa: E731
-            return in_microbatches(found, run.accumulate, batch, jax.random.key(run.seed))
+            # Noise of its own for every batch, the same for every run: what differs is the model.
+            key = jax.random.fold_in(jax.random.key(0), i)
+            batch = prepared(run.objective, batch, key)
+            return in_microbatches(found, run.accumulate, batch, key)
 
         def evaluate(params, step):
             sums: dict[str, np.ndarray] = {}
-            for i in range(max(total, 1)):
-                fetch = lambda r, i=i: rows.batch_at(i, r)  # noqa: E731
+            for i in range(max(total, 1) * self.passes):
+                fetch = lambda r, i=i: rows.batch_at(i % max(total, 1), r)  # noqa: E731
                 batch = global_batch(fetch, rows.spec, scene.mesh, scene.order)
-                for name, pair in jax.device_get(metrics(params, batch)).items():
+                for name, pair in jax.device_get(metrics(params, batch, i)).items():
                     sums[name] = sums.get(name, 0.0) + np.asarray(pair, np.float64)
             return {f"valid/{n}": float(s / max(w, 1e-30)) for n, (s, w) in sums.items()}
 

@@ -15,7 +15,9 @@ from sharding.rules import check_divisible, shardings
 from train.objectives import Batch, Objective
 from train.optimizer import join, split
 
-Inputs = tuple[jax.ShapeDtypeStruct, ...]  # what a module is initialised with: `run.model.inputs`
+Inputs = tuple[
+    jax.ShapeDtypeStruct | None, ...
+]  # what a module is initialised with: `run.model.inputs`
 
 
 class TrainState(NamedTuple):
@@ -31,7 +33,7 @@ class TrainState(NamedTuple):
 
 def init_params(module, key: jax.Array, inputs: Inputs):
     """Parameters as a plain nested dict of arrays."""
-    examples = [jnp.zeros(a.shape, a.dtype) for a in inputs]
+    examples = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), inputs)
     return nn.unbox(module.init(key, *examples))["params"]
 
 
@@ -110,6 +112,12 @@ def in_microbatches(fn: Callable, count: int, batch: Batch, key: jax.Array) -> A
     return jax.lax.scan(body, zeros, (micro, keys))[0]
 
 
+def prepared(objective: Objective, batch: Batch, key: jax.Array) -> Batch:
+    """The batch with what an objective that has `prepare(batch, key)` draws for all of its rows at once."""
+    prepare = getattr(objective, "prepare", None)
+    return batch if prepare is None else batch | prepare(batch, key)
+
+
 def make_train_step(
     apply: Callable,
     objective: Objective,
@@ -127,7 +135,8 @@ def make_train_step(
     into microbatches and devices. What `freeze` names gets no gradient, no optimiser state and no
     update. With `protect` the optimiser is also given the gradient that would raise the objective's
     reference. A step whose loss or gradient is not finite changes nothing but the counters. An objective
-    with `refresh(params, step)` may change what is frozen before a step.
+    with `refresh(params, step)` may change what is frozen before a step, and one with `prepare(batch, key)`
+    adds to a batch what is drawn before it is cut.
     """
     refresh = getattr(objective, "refresh", None)
     reference = getattr(objective, "reference", None) if protect else None
@@ -143,6 +152,7 @@ def make_train_step(
 
     def average_gradient(of, state, batch, key):
         grad = functools.partial(gradient, of, state.params, state.step)
+        batch = prepared(of, batch, key)
         grads, loss, metrics = in_microbatches(grad, accumulate, batch, key)
         weight = metrics["loss"][1]
         return jax.tree.map(lambda g: g / jnp.where(weight > 0, weight, 1), grads), loss, metrics

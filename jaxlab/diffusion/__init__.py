@@ -39,10 +39,12 @@ from jaxlab.diffusion.losses import (
     uniform_nelbo,
 )  # fmt: skip
 from jaxlab.diffusion.metrics import (
+    frechet_distance,
     gen_ppl_mask,
     unigram_entropy,
 )  # fmt: skip
 from jaxlab.diffusion.operator import (
+    gamma_of_alpha,
     make_operator,
     winner_probability,
 )  # fmt: skip
@@ -94,6 +96,8 @@ __all__ = [
     "dense_from_noise",
     "dense_relaxation",
     "distinct_ids",
+    "frechet_distance",
+    "gamma_of_alpha",
     "gaussian_topk",
     "gen_ppl_mask",
     "guided_probs",

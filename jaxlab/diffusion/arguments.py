@@ -5,9 +5,10 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from jaxlab import arguments
-from jaxlab.arguments import check_choice, wide
+from jaxlab.arguments import check_choice, demand, wide
 
 PRIORS = ("uniform", "masked")
 HOST = (int, float, np.ndarray, np.generic)
@@ -27,25 +28,21 @@ def per_token(x, dtype, extra: int = 0) -> jax.Array:
 
 
 def check_range(name: str, value, low: float, high: float, *, open_low: bool = False) -> None:
-    """ValueError for a host value (number or NumPy array) out of [low, high], or (low, high]."""
-    if not isinstance(value, HOST):
-        return
-    x = np.asarray(value)
-    if not np.all((x > low if open_low else x >= low) & (x <= high)):
-        left = "(" if open_low else "["
-        raise ValueError(f"{name}={value} must be in {left}{low:g}, {high:g}]")
+    """ValueError for values out of [low, high], or (low, high]; of traced ones as `demand`."""
+    shown = "" if isinstance(value, Tracer) else f"={value}"
+    message = f"{name}{shown} must be in {'(' if open_low else '['}{low:g}, {high:g}]"
+    demand(lambda xp, x: (x > low if open_low else x >= low) & (x <= high), message, value)
 
 
 def check_alphas(alpha_s, alpha_t) -> None:
-    """ValueError for host levels out of (0, 1], or a later one above an earlier one."""
+    """ValueError for levels out of (0, 1], or a later one above an earlier one; traced ones as `demand`."""
     check_range("alpha_s", alpha_s, 0, 1, open_low=True)
     check_range("alpha_t", alpha_t, 0, 1, open_low=True)
-    if (
-        isinstance(alpha_s, HOST)
-        and isinstance(alpha_t, HOST)
-        and np.any(np.asarray(alpha_s) < np.asarray(alpha_t))
-    ):
-        raise ValueError(f"alpha_s={alpha_s} must be at least alpha_t={alpha_t}")
+    traced = any(isinstance(x, Tracer) for x in (alpha_s, alpha_t))
+    shown = "alpha_s must be at least alpha_t" if traced else (
+        f"alpha_s={alpha_s} must be at least alpha_t={alpha_t}"
+    )  # fmt: skip
+    demand(lambda xp, s, t: s >= t, shown, alpha_s, alpha_t)
 
 
 def check_prior(prior: str, mask_id: int | None, vocab: int) -> None:

@@ -8,23 +8,34 @@ note on Psi-samplers, section 6.
 
 import math
 import numbers
+import warnings
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.scipy.special import log_ndtr, ndtri
 from jaxtyping import Array, Float, Int, Key
 
 from jaxlab.arguments import check_choice, wide_type
-from jaxlab.diffusion.arguments import check_count, check_range, floats, per_token, tokens
+from jaxlab.diffusion.arguments import HOST, check_count, check_range, floats, per_token, tokens
 
 RULES = ("exact", "release")
+MOST_TAU = 0.02  # of the sparse form
 Number = float | Float[Array, "#*b"]
 
 
 def _check_levels(alpha, sigma, tau) -> None:
     check_range("alpha", alpha, 0, 1)
-    check_range("sigma", sigma, 0, 1)
+    check_range("sigma", sigma, 0, 1, open_low=True)
     check_range("tau", tau, 0, math.inf, open_low=True)
+
+
+def _warn_of(tau) -> None:
+    """Above, most of the mass lies beyond the k largest: 84 % at 0.1, K = 50257, k = 5."""
+    if isinstance(tau, HOST) and np.any(np.asarray(tau) > MOST_TAU):
+        warnings.warn(
+            f"tau={tau} is above {MOST_TAU}: the sparse form drops most of it", stacklevel=3
+        )
 
 
 def _check_k(k: int, K: int) -> None:
@@ -176,6 +187,7 @@ def sparse_from_draws(
     k, dtype = uniforms.shape[-1], uniforms.dtype
     _check_k(k, K)
     _check_levels(alpha, sigma, tau)
+    _warn_of(tau)
     for name, x, shape in (
         ("uniforms", uniforms, (*x0.shape, k)),
         ("draws", draws, (*x0.shape, k)),

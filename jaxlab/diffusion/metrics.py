@@ -1,4 +1,4 @@
-"""What samples are judged by: unigram entropy, and the tokens that a perplexity counts.
+"""What samples are judged by: entropy, the tokens that a perplexity counts, a distance of features.
 
 Source: note on Psi-samplers, section 9.
 """
@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxlab.arguments import wide_type
-from jaxlab.diffusion.arguments import check_count
+from jaxlab.diffusion.arguments import check_count, floats
 from jaxlab.diffusion.arguments import tokens as as_tokens
 
 
@@ -38,3 +38,27 @@ def gen_ppl_mask(tokens: Int[Array, "b t"], eos: int) -> Bool[Array, "b t"]:
     """
     is_end = _two_axes(tokens) == eos
     return ~is_end | (jnp.cumsum(is_end, -1) == 1)
+
+
+def frechet_distance(x: Float[Array, "n d"], y: Float[Array, "m d"]) -> Float[Array, ""]:
+    """Squared Frechet distance of the normal laws fitted to two sets of features.
+
+    |mean_x - mean_y|^2 + tr(C_x + C_y - 2 (C_x C_y)^(1/2)), covariances over n - 1. It falls with n
+    even for sets of one law. ValueError unless [n, d] and [m, d] with 2 rows each; TypeError for
+    integers. Source: Heusel et al., 1706.08500.
+    """
+    x, y = floats("x", x, 2), floats("y", y, 2)
+    if x.shape[1] != y.shape[1] or min(len(x), len(y)) < 2:
+        raise ValueError(
+            f"x has shape {x.shape} and y {y.shape}; expected [n, d] and [m, d] with 2 rows or more"
+        )
+
+    def root(a):
+        """R with R^T R the covariance."""
+        return jnp.linalg.qr((a - jnp.mean(a, 0)) / (len(a) - 1) ** 0.5, mode="r")
+
+    r, s = root(x), root(y)
+    # The trace of the root is a sum of singular values: no root of a rounding error is taken.
+    shared = jnp.sum(jnp.linalg.svd(r @ s.T, compute_uv=False))
+    apart = jnp.sum((jnp.mean(x, 0) - jnp.mean(y, 0)) ** 2)
+    return apart + jnp.sum(r**2) + jnp.sum(s**2) - 2 * shared

@@ -3,6 +3,7 @@
 Source: Sahoo et al., 2025 (arXiv 2506.10892), section 3; note on Psi-samplers, section 5.
 """
 
+import functools
 import math
 from collections.abc import Callable
 
@@ -31,8 +32,11 @@ def _log_cdf(x):
         return np.where(x > 0, np.log1p(-tail), np.log(tail))
 
 
+_nodes = functools.cache(np.polynomial.legendre.leggauss)  # eigenvalues of an n x n matrix
+
+
 def _quadrature(low: float, high: float, n: int) -> tuple[np.ndarray, np.ndarray]:
-    x, w = np.polynomial.legendre.leggauss(n)
+    x, w = _nodes(n)
     return (high - low) / 2 * x + (high + low) / 2, (high - low) / 2 * w
 
 
@@ -63,6 +67,24 @@ def winner_probability(gamma: np.ndarray, K: int) -> tuple[np.ndarray, np.ndarra
     gamma = np.asarray(gamma, np.float64)
     p, _, slope, _ = _integrals(gamma, K)
     return p, -np.exp(-gamma / 2) / 2 * (K - 1) * slope
+
+
+@functools.cache
+def gamma_of_alpha(alpha: float, K: int) -> float:
+    """The gamma at which the argmax keeps a share `alpha` of tokens: the inverse of the operator.
+
+    Host only, by bisection, right to 1e-9 in gamma. ValueError unless 0 < alpha < 1 and K is at least 2,
+    and for an alpha beyond gamma = -30 or 30.
+    """
+    check_count("K", K, 2)
+    low, high = -30.0, 30.0
+    at = lambda gamma: (K * winner_probability(np.asarray(gamma), K)[0] - 1) / (K - 1)  # noqa: E731
+    if not 0 < alpha < 1 or at(high) > alpha:
+        raise ValueError(f"alpha={alpha} must be in (0, 1), and not below {at(high):.1e}")
+    while high - low > 1e-10:
+        middle = (low + high) / 2
+        low, high = (middle, high) if at(middle) > alpha else (low, middle)
+    return middle
 
 
 def _exact(gamma: np.ndarray, K: int) -> tuple[np.ndarray, ...]:
@@ -139,20 +161,22 @@ def _polynomial(alphas: np.ndarray) -> Callable:
 
     def read(place):
         x = 2 * place - 1
-        alpha = horner(powers.tolist(), x)
+        alpha = jnp.clip(
+            horner(powers.tolist(), x), 1e-6, 1
+        )  # it may leave (0, 1) in a wide window
         return alpha, 1 - alpha, horner(slopes.tolist(), x)
 
     return read
 
 
 def _table(alphas: np.ndarray, rests: np.ndarray, width: float) -> Callable:
-    """The release: the nearest point, and a forward difference over 1e-3 of gamma."""
+    """The release: the nearest point, and a forward difference over 1e-3 of gamma, past the window too."""
 
     def read(place):
         values, others = jnp.asarray(alphas, place.dtype), jnp.asarray(rests, place.dtype)
 
         def nearest(place):
-            return jnp.clip(jnp.round(place * (POINTS - 1)), 0, POINTS - 1).astype(jnp.int32)
+            return jnp.clip(jnp.round(place * (POINTS - 1)), 0, len(alphas) - 1).astype(jnp.int32)
 
         here, ahead = nearest(place), nearest(place + 1e-3 / width)
         return values[here], others[here], width * 1000 * (values[ahead] - values[here])
@@ -160,6 +184,7 @@ def _table(alphas: np.ndarray, rests: np.ndarray, width: float) -> Callable:
     return read
 
 
+@functools.cache
 def make_operator(
     K: int, gamma_min: float, gamma_max: float, kind: str = "exact"
 ) -> Callable[[Float[Array, "*b"]], Level]:
@@ -167,8 +192,10 @@ def make_operator(
 
     It may be traced; gamma is clamped to the window, over which time runs from 0 to 1, and dalpha is
     d alpha / dt. float32 to 1e-6 (float64 if gamma is). `kind`: "exact" and "series" (150 terms),
-    read from 2048 nodes by cubic interpolation; "poly9" and "table" as the releases approximate them.
-    Seconds of host time. ValueError unless K is at least 2, the window is not empty, the kind known.
+    read from 2048 nodes by cubic interpolation; "poly9" and "table" as the releases approximate them,
+    to 4e-5 in the papers' windows and worse in wider ones. Seconds of host time, once for given
+    arguments. ValueError unless K is at least 2, the window is not empty, the kind known, and the
+    terms reach gamma_min.
     Source: note on Psi-samplers, section 5.1.
     """
     check_count("K", K, 2)
@@ -177,6 +204,13 @@ def make_operator(
         raise ValueError(f"gamma_min={gamma_min} must be below gamma_max={gamma_max}, both finite")
     width = gamma_max - gamma_min
     values = _series if kind == "series" else _exact
+    if kind == "series":
+        most = np.array([gamma_min])
+        if not abs(_series(most, K)[0] - _exact(most, K)[0]) < 1e-8:
+            raise ValueError(
+                f"gamma_min={gamma_min} is more than {TERMS} terms reach with K={K}: take a larger one, or "
+                f"kind='exact'"
+            )
     smooth = _interpolated(values(np.linspace(gamma_min, gamma_max, NODES), K), width)
     if kind in ("exact", "series"):
 
@@ -186,7 +220,12 @@ def make_operator(
 
     else:
         alphas, rests, _ = smooth(np.linspace(0, 1, POINTS), np)
-        read = _polynomial(alphas) if kind == "poly9" else _table(alphas, rests, width)
+        if kind == "poly9":
+            read = _polynomial(alphas)
+        else:
+            step = width / (POINTS - 1)
+            more, less, *_ = _exact(gamma_max + step * np.arange(1, 2 + int(1e-3 / step)), K)
+            read = _table(np.append(alphas, more), np.append(rests, less), width)
 
     def operator(gamma: Float[Array, "*b"]) -> Level:
         gamma = wide(gamma)

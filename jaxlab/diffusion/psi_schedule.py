@@ -1,15 +1,21 @@
-"""When a Psi-sampler corrects and how much: time profiles and kappa schedules, on the host.
+"""What a Psi-sampler does at each step: time profiles, kappa schedules, coefficients, on the host.
 
 Source: arXiv 2602.21185; ReMDM (Wang et al., 2025); note on Psi-samplers, sections 7.4 and 7.5.
 """
 
+import dataclasses
 import math
 from typing import NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 
-from jaxlab.diffusion.arguments import check_count, check_range
-from jaxlab.diffusion.schedules import host_level, host_time
+from jaxlab.arguments import check_choice, check_number, wide_type
+from jaxlab.diffusion.arguments import check_count, check_prior, check_range
+from jaxlab.diffusion.posterior import StepCoef
+from jaxlab.diffusion.schedules import SCHEDULES, host_level, host_time
+
+REMOVALS = ("ancestral", "greedy", "none")
 
 
 class PsiSpec(NamedTuple):
@@ -53,7 +59,7 @@ def _mode(name: str, mode: str):
     """(rule of sigma or None, its eta or the constant kappa)."""
     if mode in ("pure-posterior", "pure-pc"):
         return None, float(mode == "pure-posterior")
-    for prefix, rule in SIGMAS.items():
+    for prefix, rule in sorted(SIGMAS.items(), reverse=True):  # the longer of two first
         if mode.startswith(prefix):
             return rule, _number(name, mode, prefix)
     if mode.startswith("constant-"):
@@ -77,11 +83,14 @@ def check_spec(spec: PsiSpec, schedule: str = "log-linear") -> None:
     """TypeError unless a PsiSpec; ValueError for unknown names and fractions out of [0, 1]."""
     if not isinstance(spec, PsiSpec):
         raise TypeError(f"spec={spec!r} must be a PsiSpec")
+    for name in ("profile", "high", "middle", "low"):
+        if not isinstance(getattr(spec, name), str):
+            raise TypeError(f"{name}={getattr(spec, name)!r} must be a string")
     _joint(spec.profile, schedule)
     for name in ("high", "middle", "low"):
         _mode(name, getattr(spec, name))
     for name in ("high_frac", "middle_frac"):
-        check_range(name, getattr(spec, name), 0, 1)
+        check_number(name, getattr(spec, name), 0, 1)
     check_range("high_frac + middle_frac", spec.high_frac + spec.middle_frac, 0, 1 + 1e-9)
 
 
@@ -145,9 +154,80 @@ def kappa_schedule(
     times = np.asarray(times, np.float64)
     if times.ndim != 1 or times.size < 2:
         raise ValueError(f"times has shape {times.shape}; expected (N + 1,) with N at least 1")
+    check_range("times", times, 0, 1)
+    if np.any(np.diff(times) > 0):
+        raise ValueError(f"times={times} must not increase")
     high, middle = _points(spec, len(times))
     parts = np.split(times, [high, high + middle])
     modes = zip(("high", "middle", "low"), parts, strict=True)
     return np.concatenate(
         [_segment(name, getattr(spec, name), t, schedule, schedule_eps) for name, t in modes]
     )
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplerConfig:
+    """What a sampler does, static; ValueError or TypeError for values that do not fit together."""
+
+    vocab: int  # V, the mask included
+    steps: int  # N
+    prior: str = "uniform"
+    mask_id: int | None = None
+    schedule: str = "log-linear"
+    psi: PsiSpec = PsiSpec()
+    nucleus: float = 1.0
+    removal: str = "ancestral"  # or "greedy", "none": what is done after the last step
+    time_conditioning: bool | None = None  # None: iff uniform; without, the network is given 0
+    eps: float = 1e-5  # end of the time profile
+    schedule_eps: float = 1e-3
+    guidance: float | None = None  # weight of the class posterior against the one without; None: 1
+    num_classes: int | None = None  # also the label that says "no class"
+
+    def __post_init__(self):
+        check_count("vocab", self.vocab, 2)
+        check_count("steps", self.steps, 1)
+        check_prior(self.prior, self.mask_id, self.vocab)
+        check_choice("schedule", self.schedule, *SCHEDULES)
+        check_choice("removal", self.removal, *REMOVALS)
+        check_spec(self.psi, self.schedule)
+        check_choice("time_conditioning", self.time_conditioning, None, False, True)
+        check_number("nucleus", self.nucleus, 0, 1, above=True)
+        check_number("eps", self.eps, 0, 1)
+        # At 0 a network that is told the level would be told infinity; at 1 nothing is ever noise.
+        check_number("schedule_eps", self.schedule_eps, 0, 0.999, above=self.told)
+        if self.num_classes is not None:
+            check_count("num_classes", self.num_classes, 1)
+        if self.guidance is not None:
+            check_number("guidance", self.guidance, -math.inf)
+            if self.num_classes is None:
+                raise ValueError(f"num_classes=None must be given with guidance={self.guidance}")
+
+    @property
+    def told(self) -> bool:
+        """Whether the network is given the level of noise."""
+        given = self.time_conditioning
+        return self.prior == "uniform" if given is None else given
+
+
+def step_coefs(cfg: SamplerConfig) -> StepCoef:
+    """Coefficients of all steps: row i < N of step i, row N of the removal; every leaf [N + 1].
+
+    Formed on the host in float64, then cast to JAX's default floating type.
+    Source: note on Psi-samplers, section 7.10.
+    """
+    times = time_profile(cfg.psi, cfg.steps, cfg.eps, cfg.schedule)
+    kappa = kappa_schedule(cfg.psi, times, cfg.schedule, cfg.schedule_eps)
+    level = host_level(times, cfg.schedule, cfg.schedule_eps)
+    after = lambda x, last: np.append(x[1:], last)  # noqa: E731
+    alpha_s = after(level.alpha, 1.0)
+    rest_s = after(level.one_minus_alpha, 0.0)
+    rows = {
+        "alpha_s": alpha_s,
+        "alpha_t": level.alpha,
+        "one_minus_alpha_s": rest_s,
+        "one_minus_alpha_t": level.one_minus_alpha,
+        "gap": level.one_minus_alpha - rest_s,
+        "kappa": np.append(kappa[:-1], 1.0),
+        "sigma": -np.log(level.alpha) if cfg.told else np.zeros_like(level.alpha),
+    }
+    return StepCoef(**{name: jnp.asarray(x, wide_type(1.0)) for name, x in rows.items()})

@@ -1,25 +1,28 @@
 """Psi-samplers: ancestral steps mixed with fresh corruptions of the guess, as one compiled scan.
 
-Source: "The Diffusion Duality, Chapter II" (arXiv 2602.21185); note on Psi-samplers, sections 7
-and 14.
+The names that a sampler needs are all found here, wherever they are made. Source: "The Diffusion Duality,
+Chapter II" (arXiv 2602.21185); note on Psi-samplers, sections 7 and 14.
 """
 
-import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
-from jaxlab.arguments import check_choice, wide_type
-from jaxlab.diffusion.arguments import check_count, check_prior, check_range, floats, tokens
+from jaxlab.diffusion.arguments import check_prior, floats, tokens
 from jaxlab.diffusion.draws import draw_and_mass, fine_uniform, nucleus, race_categorical
 from jaxlab.diffusion.forward import prior_draw, prior_probs
 from jaxlab.diffusion.losses import subs
 from jaxlab.diffusion.posterior import StepCoef, guided_probs, mixture, weights_of
-from jaxlab.diffusion.psi_schedule import PsiSpec, check_spec, kappa_schedule, time_profile
-from jaxlab.diffusion.schedules import SCHEDULES, host_level
+from jaxlab.diffusion.psi_schedule import (
+    PsiSpec,
+    SamplerConfig,
+    kappa_schedule,
+    step_coefs,
+    time_profile,
+)
 
 __all__ = [
     "PsiSpec",
@@ -35,65 +38,7 @@ __all__ = [
     "step_coefs",
     "time_profile",
 ]
-REMOVALS = ("ancestral", "greedy", "none")
 Denoise = Callable[..., Float[Array, "b t v"]]
-
-
-@dataclasses.dataclass(frozen=True)
-class SamplerConfig:
-    """What a sampler does, static; ValueError or TypeError for values that do not fit together."""
-
-    vocab: int  # V, the mask included
-    steps: int  # N
-    prior: str = "uniform"
-    mask_id: int | None = None
-    schedule: str = "log-linear"
-    psi: PsiSpec = PsiSpec()
-    nucleus: float = 1.0
-    removal: str = "ancestral"  # or "greedy", "none": what is done after the last step
-    time_conditioning: bool | None = None  # None: iff uniform; without, the network is given 0
-    eps: float = 1e-5  # end of the time profile
-    schedule_eps: float = 1e-3
-    guidance: float | None = None  # weight of the class posterior against the one without class
-    num_classes: int | None = None  # also the label that says "no class"
-
-    def __post_init__(self):
-        check_count("vocab", self.vocab, 2)
-        check_count("steps", self.steps, 1)
-        check_prior(self.prior, self.mask_id, self.vocab)
-        check_choice("schedule", self.schedule, *SCHEDULES)
-        check_choice("removal", self.removal, *REMOVALS)
-        check_spec(self.psi, self.schedule)
-        check_range("nucleus", self.nucleus, 0, 1, open_low=True)
-        check_range("eps", self.eps, 0, 1)
-        check_range("schedule_eps", self.schedule_eps, 0, 1)
-        if self.guidance is not None and self.num_classes is None:
-            raise ValueError(f"num_classes=None must be given with guidance={self.guidance}")
-
-
-def step_coefs(cfg: SamplerConfig) -> StepCoef:
-    """Coefficients of all steps: row i < N of step i, row N of the removal; every leaf [N + 1].
-
-    Formed on the host in float64, then cast to JAX's default floating type.
-    Source: note on Psi-samplers, section 7.10.
-    """
-    times = time_profile(cfg.psi, cfg.steps, cfg.eps, cfg.schedule)
-    kappa = kappa_schedule(cfg.psi, times, cfg.schedule, cfg.schedule_eps)
-    level = host_level(times, cfg.schedule, cfg.schedule_eps)
-    after = lambda x, last: np.append(x[1:], last)  # noqa: E731
-    told = (cfg.prior == "uniform") if cfg.time_conditioning is None else cfg.time_conditioning
-    alpha_s = after(level.alpha, 1.0)
-    rest_s = after(level.one_minus_alpha, 0.0)
-    rows = {
-        "alpha_s": alpha_s,
-        "alpha_t": level.alpha,
-        "one_minus_alpha_s": rest_s,
-        "one_minus_alpha_t": level.one_minus_alpha,
-        "gap": level.one_minus_alpha - rest_s,
-        "kappa": np.append(kappa[:-1], 1.0),
-        "sigma": -np.log(level.alpha) if told else np.zeros_like(level.alpha),
-    }
-    return StepCoef(**{name: jnp.asarray(x, wide_type(1.0)) for name, x in rows.items()})
 
 
 def _step_inputs(logits, z, coef: StepCoef, prior, mask_id):
@@ -142,8 +87,9 @@ def categorical_step(
 
 def _inverse_cdf(u, probs) -> Int[Array, "*b"]:
     cumulative = jnp.cumsum(probs, -1)
-    below = cumulative < (u.astype(probs.dtype) * jnp.sum(probs, -1))[..., None]
-    return jnp.minimum(jnp.sum(below, -1, dtype=jnp.int32), probs.shape[-1] - 1)
+    # The last sum, not a sum of its own: rounded otherwise, u near 1 would pick what has no probability.
+    below = cumulative < u.astype(probs.dtype)[..., None] * cumulative[..., -1:]
+    return jnp.sum(below, -1, dtype=jnp.int32)
 
 
 def inverse_cdf_step(
@@ -187,7 +133,9 @@ def _guided(guesses, z, coef: StepCoef, cfg) -> Float[Array, "b t v"]:
     def posterior(c: StepCoef):
         probs = (jax.nn.softmax(x, -1) for x in guesses)
         cond, uncond = (mixture(p, z, c, cfg.prior, cfg.mask_id) for p in probs)
-        return guided_probs(cond, uncond, cfg.guidance)
+        both = guided_probs(cond, uncond, cfg.guidance)
+        # Where nothing is possible in both, the class alone decides.
+        return jnp.where(jnp.any(both > 0, -1, keepdims=True), both, cond)
 
     one, zero = jnp.ones_like(coef.kappa), jnp.zeros_like(coef.kappa)
     to_s = posterior(coef._replace(kappa=one))
@@ -212,7 +160,9 @@ def _run(denoise_fn, cfg, z, draws, coefs, labels, draw, draw_guided, keep) -> t
     def move(z, inputs):
         source, coef = inputs
         guesses = _guesses(denoise_fn, cfg, z, coef.sigma, labels)
-        guesses = [nucleus(x, cfg.nucleus) for x in guesses]
+        kept = nucleus(guesses[0], cfg.nucleus)
+        # One nucleus, that of the class, for both: two might have no token in common.
+        guesses = [kept, *(jnp.where(kept == -jnp.inf, -jnp.inf, x) for x in guesses[1:])]
         if len(guesses) == 1:
             z = draw(source, guesses[0], z, coef, cfg.prior, cfg.mask_id)
         else:
@@ -243,8 +193,11 @@ def sample(
     shape: tuple[int, int],
     coefs: StepCoef | None = None,
     labels: Int[Array, "b"] | None = None,
-) -> Int[Array, "b t"]:
+    trajectory: bool = False,
+) -> Any:
     """Tokens int32 of `shape` (batch, length) after N steps and the removal.
+
+    With `trajectory` a pair: the tokens, and [N, batch, length] after each of the steps.
 
     `denoise_fn(z int[b, t], sigma f[b])` gives raw logits [b, t, v]; with `labels` it is called with
     them as third argument. `coefs` stands for `step_coefs(cfg)`: traced, so that one compilation
@@ -266,7 +219,8 @@ def sample(
     keys = jax.vmap(lambda i: jax.random.fold_in(steps, i))(jnp.arange(cfg.steps + 1))
     z = _prior_rows(start, tuple(shape), cfg.mask_id, cfg.vocab)
     draws = (categorical_step, draw_guided)
-    return _run(denoise_fn, cfg, z, keys, coefs, labels, *draws, keep=False)[0]
+    found = _run(denoise_fn, cfg, z, keys, coefs, labels, *draws, keep=trajectory)
+    return found if trajectory else found[0]
 
 
 def sample_from_uniforms(

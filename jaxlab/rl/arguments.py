@@ -1,40 +1,11 @@
-"""What the functions of this package demand of their arguments.
-
-Static arguments and shapes raise ValueError at once. What depends on the values of an array raises
-ValueError where they are known (outside jit and vmap), and is a `checkify.debug_check` where they are
-traced: silent unless the caller wraps the function in `checkify.checkify`.
-"""
-
-import math
-import numbers
-from collections.abc import Callable
-from typing import Any
+"""What the functions of this package demand of their arguments; of values of arrays see `jaxlab.arguments`."""
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax.core import Tracer
-from jax.experimental import checkify
 
-from jaxlab.arguments import check_shape
+from jaxlab.arguments import check_number, check_shape, demand
 
-
-def demand(holds: Callable[..., Any], message: str, *arrays) -> None:
-    """ValueError(message) unless `holds(numpy or jax.numpy, *arrays)` everywhere; see the module."""
-    if any(isinstance(x, Tracer) for x in arrays):
-        checkify.debug_check(jnp.all(holds(jnp, *arrays)), message.replace("{", "{{"))
-    elif not np.all(holds(np, *map(np.asarray, arrays))):
-        raise ValueError(message)
-
-
-def check_number(name: str, value, low: float, high: float = math.inf, *, above=False) -> None:
-    """ValueError unless `value` is a finite number in [low, high]; (low, high] if `above`."""
-    real = isinstance(value, numbers.Real | np.number) and not isinstance(value, bool)
-    number = float(value) if real else math.nan  # type: ignore[arg-type]
-    if not (math.isfinite(number) and low <= number <= high) or (above and number == low):
-        bounds = f"{'above' if above else 'at least'} {low}"
-        bounds += f" and at most {high}" if high < math.inf else ""
-        raise ValueError(f"{name}={value!r} must be a finite number {bounds}")
+__all__ = ["check_axes", "check_ids", "check_number", "demand", "flags"]
 
 
 def check_axes(name: str, x, axes: str) -> None:
