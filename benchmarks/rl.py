@@ -46,6 +46,8 @@ def update(config: rl.RLConfig, groups: int, metrics: bool = True):
     """Jitted (logp, batch, rewards, group) -> (loss, metrics or None) and gradient."""
 
     def run(logp, batch, rewards, group):
+        if not config.kl_coef:  # a reference would be measured against; TRL does not without its KL
+            batch = {name: x for name, x in batch.items() if name != "logp_ref"}
         batch = batch | {"adv": rl.group_advantage(rewards, group, groups, eps=1e-4)}
         (loss, aux), gradient = jax.value_and_grad(rl.rl_loss, has_aux=True)(logp, batch, config)
         return (loss, aux if metrics else None), gradient

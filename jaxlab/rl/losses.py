@@ -17,6 +17,7 @@ from jaxlab.rl.reduce import (
     Metrics,
     aggregate,
     clip,
+    lengths,
     mean_of,
     row_mean,
     stop,
@@ -28,22 +29,23 @@ KINDS = ("pg", "ppo", "cispo", "sapo", "gmpo")
 LEVELS = ("token", "sequence", "sequence_sum", "sequence_token_grad")
 
 
-def per_token(adv, kept) -> jax.Array:
-    """`adv` [N], [N, 1] or [N, T] as [N, T], 0 where masked, without gradient."""
+def advantage_of(adv, kept) -> jax.Array:
+    """`adv` [N] or [N, 1] as [N, 1], or [N, T] as it is; 0 where masked, without gradient."""
     n, t = kept.shape
     check_shape("adv", adv, (n,), (n, 1), (n, t))
-    adv = wide(adv)
-    return stop(jnp.where(kept, adv[:, None] if adv.ndim == 1 else adv, 0))
+    adv = wide(adv).reshape(n, -1)
+    counted = kept if adv.shape[1] == t else lengths(kept) > 0
+    return stop(jnp.where(counted, adv, 0))
 
 
 def _log_ratio(delta, kept, level, clamp):
+    """[N, T], or [N, 1] if the tokens of a row share it, as what is computed of a row is cheap."""
     if level == "sequence_sum":
         z = jnp.sum(delta, 1, keepdims=True)
     else:
         z = delta if level == "token" else row_mean(delta, kept)
     if level == "sequence_token_grad":
         z = stop(z) + (delta - stop(delta))
-    z = jnp.broadcast_to(z, delta.shape)
     return z if clamp is None else clip(z, -clamp, clamp)
 
 
@@ -131,12 +133,27 @@ def policy_loss_tokens(
         log_ratio_clamp,
     )
     kept, logp, old = valid_tokens(mask, logp=logp, logp_old=logp_old)
-    a, delta = per_token(adv, kept), logp - stop(old)
+    cfg = dict(
+        kind=kind, ratio_level=ratio_level, eps_low=eps_low, eps_high=eps_high, dual_clip=dual_clip,
+        ratio_cap=ratio_cap, tau_pos=tau_pos, tau_neg=tau_neg, log_ratio_clamp=log_ratio_clamp,
+    )  # fmt: skip
+    loss, values = policy_terms(logp, old, advantage_of(adv, kept), kept, **cfg)
+    return loss, token_metrics(kept, logp.dtype, **values)
+
+
+def policy_terms(
+    logp, old, a, kept, *, kind, ratio_level, eps_low, eps_high, dual_clip, ratio_cap,
+    tau_pos, tau_neg, log_ratio_clamp,
+):  # fmt: skip
+    """(loss of each token, what `token_metrics` sums) of checked arrays, logp and old 0 where masked."""
+    delta = logp - stop(old)
     z = _log_ratio(delta, kept, ratio_level, log_ratio_clamp)
     r = stop(jnp.exp(z))
-    clipped = dual = jnp.zeros_like(kept)
+    clipped = dual = jnp.zeros_like(kept[:, :1])
     if kind == "pg":
         loss = -a * logp
+        # A sum of its own: inside the one of all metrics, XLA:CPU does not vectorise the exponential.
+        r = row_mean(jnp.where(kept, r, 0), kept)
     elif kind == "ppo":
         loss, clipped, dual = _ppo(a, z, r, 1 - eps_low, 1 + eps_high, dual_clip, ratio_cap)
     elif kind == "cispo":
@@ -146,24 +163,25 @@ def policy_loss_tokens(
         tau = jnp.where(a > 0, tau_pos, tau_neg)
         # Far beyond where the sigmoid is 1 with slope 0, the exponential would overflow.
         bounded = jnp.exp(jnp.minimum(z, 0.9 * np.log(jnp.finfo(z.dtype).max)))
-        loss = -a * jax.nn.sigmoid(tau * (bounded - 1)) * 4 / tau
+        loss, r = -a * jax.nn.sigmoid(tau * (bounded - 1)) * 4 / tau, stop(bounded)
     else:
         # Bounded above for A > 0 and below for A < 0; a token with A = 0 counts nothing.
         bounded = jnp.where(a > 0, clip(delta, -jnp.inf, eps_high), clip(delta, -eps_low, jnp.inf))
         mean = row_mean(jnp.where(a == 0, 0, bounded), kept)
-        z = jnp.broadcast_to(_log_ratio(mean, kept, "token", log_ratio_clamp), kept.shape)
-        loss, r = -row_mean(a, kept) * jnp.exp(z), stop(jnp.exp(z))
+        z = _log_ratio(mean, kept, "token", log_ratio_clamp)
+        own = a if a.shape[1] == 1 else row_mean(a, kept)
+        loss, r = -own * jnp.exp(z), stop(jnp.exp(z))
         clipped = (delta < -eps_low) | (delta > eps_high)
     drift = delta if log_ratio_clamp is None else clip(delta, -log_ratio_clamp, log_ratio_clamp)
     values = {
         "clip_frac": clipped,
-        "clip_frac_low": clipped & (a < 0),
-        "clip_frac_high": clipped & (a > 0),
+        "clip_frac_low": (clipped, a < 0),
+        "clip_frac_high": (clipped, a > 0),
         "dual_clip_frac": dual,
         "approx_kl": -drift,
         "ratio": r,
     }
-    return jnp.where(kept, loss, 0), token_metrics(kept, logp.dtype, **values)
+    return jnp.where(kept, loss, 0), values
 
 
 def _ppo(a, z, r, low, high, dual_clip, ratio_cap):

@@ -12,12 +12,13 @@ from jaxlab.arguments import check_choice, check_shape
 from jaxlab.rl.arguments import check_number
 from jaxlab.rl.kl import check_kl, kl_tokens
 from jaxlab.rl.logits import entropy_from_logits, logprobs_from_logits
-from jaxlab.rl.losses import check_policy, policy_loss_tokens, ratio
+from jaxlab.rl.losses import advantage_of, check_policy, policy_terms, ratio
 from jaxlab.rl.reduce import (
     Metrics,
     aggregate,
     check_mode,
     mean_of,
+    row_mean,
     stop,
     token_metrics,
     valid_tokens,
@@ -117,11 +118,12 @@ def rl_loss(
     arrays = {"logp": logp, "logp_old": batch["logp_old"], **optional}
     kept, *values = valid_tokens(batch["mask"], **arrays)
     a = dict(zip(arrays, values, strict=True))
-    loss, metrics = policy_loss_tokens(a["logp"], a["logp_old"], batch["adv"], kept, **cfg.policy)
+    adv = advantage_of(batch["adv"], kept)
+    loss, values = policy_terms(a["logp"], a["logp_old"], adv, kept, **cfg.policy)
     if cfg.sampler_cap is not None:
         mismatch = jnp.exp(stop(a["logp_old"] - a["logp_sampler"]))
         loss *= jnp.minimum(mismatch, cfg.sampler_cap)
-    kl = jnp.zeros_like(loss)
+    kl = jnp.zeros_like(loss[:, :1])
     if "logp_ref" in a:
         kl = kl_tokens(a["logp"], a["logp_ref"], cfg.kl, cfg.kl_clamp)
         if cfg.kl_times_ratio:
@@ -132,10 +134,9 @@ def rl_loss(
     if "denominator" in batch:
         check_shape("denominator", batch["denominator"], ())
         denominator = stop(jnp.asarray(batch["denominator"], denominator.dtype))
-    adv = jnp.asarray(batch["adv"])
-    extra = {"kl": kl, "advantage": adv[:, None] if adv.ndim == 1 else adv}
-    extra |= {"entropy": a["entropy"]} if entropy is not None else {}
-    metrics |= {"loss": (numerator, denominator)} | token_metrics(kept, loss.dtype, **extra)
+    values |= {"kl": kl if kl.shape[1] == 1 else row_mean(kl, kept), "advantage": adv}
+    values |= {"entropy": a["entropy"]} if entropy is not None else {}
+    metrics = token_metrics(kept, loss.dtype, **values) | {"loss": (numerator, denominator)}
     return mean_of(numerator, denominator), metrics
 
 

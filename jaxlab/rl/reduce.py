@@ -4,6 +4,8 @@ Shapes: N rows, T tokens. What a masked position holds, NaN and inf included, ad
 and gradient.
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Num
@@ -43,16 +45,45 @@ def valid_tokens(mask, **arrays) -> tuple[jax.Array, ...]:
     return kept, *(jnp.where(kept, wide(x), 0) for x in arrays.values())
 
 
+def lengths(kept):
+    """Valid tokens of each row [N, 1]."""
+    return jnp.sum(kept, 1, keepdims=True)
+
+
+def row_sum(x, kept):
+    """Sum over the valid tokens of each row [N, 1]."""
+    return jnp.sum(jnp.where(kept, x, 0), 1, keepdims=True)
+
+
 def row_mean(x, kept):
     """Mean over the valid tokens of each row [N, 1], 0 for an empty row; `x` is 0 where masked."""
-    return jnp.sum(x, 1, keepdims=True) / jnp.maximum(jnp.sum(kept, 1, keepdims=True), 1)
+    return jnp.sum(x, 1, keepdims=True) / jnp.maximum(lengths(kept), 1)
 
 
 def token_metrics(kept, dtype, **values) -> Metrics:
-    """{name: (sum over valid tokens, their number)} without gradient."""
-    count = jnp.sum(kept, dtype=dtype)
-    total = lambda x: stop(jnp.sum(jnp.where(kept, x, 0).astype(dtype)))  # noqa: E731
-    return {name: (total(x), count) for name, x in values.items()}
+    """{name: (sum over valid tokens, their number)} without gradient.
+
+    A value is [N, T], or [N, 1] if the tokens of a row share it, or a tuple of such factors.
+    """
+    length = lengths(kept).astype(dtype)
+    tokens, rows = {}, {}
+    for name, value in values.items():
+        factors = [stop(x) for x in (value if isinstance(value, tuple) else (value,))]
+        shared = [jnp.where(length > 0, x, 0).astype(dtype) for x in factors if x.shape[1] == 1]
+        rows[name] = math.prod(shared, start=jnp.ones_like(length))
+        if each := [x.astype(dtype) for x in factors if x.shape[1] > 1]:
+            tokens[name] = jnp.where(kept, math.prod(each), 0)
+    sums = dict(zip(tokens, _row_sums(list(tokens.values())), strict=True))
+    return {n: (jnp.sum(x * sums.get(n, length)), jnp.sum(length)) for n, x in rows.items()}
+
+
+def _row_sums(arrays):
+    """Sums of the rows of each array [N, 1], all in one pass: what sums read is not written to memory."""
+    if not arrays:
+        return []
+    zeros = [jnp.zeros((), x.dtype) for x in arrays]
+    add = lambda a, b: [x + y for x, y in zip(a, b, strict=True)]  # noqa: E731
+    return [x[:, None] for x in jax.lax.reduce(arrays, zeros, add, (1,))]
 
 
 def check_mode(mode, rows, max_len) -> None:
@@ -84,12 +115,13 @@ def aggregate(
     check_mode(mode, rows, max_len)
     kept, x = valid_tokens(mask, x=x)
     value = row_mean(x, kept) if mode == "seq_mean_token_mean" else x
-    counted = kept if mode == "token_mean" else (jnp.any(kept, 1) | (rows == "all"))
+    length = lengths(kept)
+    counted = length if mode == "token_mean" else ((length > 0) | (rows == "all"))
     count = jnp.sum(counted, dtype=x.dtype)
     numerator = jnp.sum(value)
     if axis_name is not None:
         numerator, count = jax.lax.psum((numerator, count), axis_name)
-    length = max_len or 1
+    scale = max_len or 1
     if mode == "token_sum_scale":
-        return numerator, jnp.full_like(count, length)
-    return numerator, count * length if mode == "seq_mean_token_scale" else count
+        return numerator, jnp.full_like(count, scale)
+    return numerator, count * scale if mode == "seq_mean_token_scale" else count

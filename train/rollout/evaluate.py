@@ -12,6 +12,9 @@ from jaxlab import rl
 from train.data.reason import Reason
 from train.rollout.sampler import Sampler
 
+# Numbers that the gradients of `Interference` may take, 1 GiB of float32.
+ROOM = 2**28
+
 
 def _check_reason(evaluator: Any, run: Any) -> None:
     if not isinstance(run.source, Reason) or not hasattr(run.model, "vocab"):
@@ -22,7 +25,10 @@ def _check_reason(evaluator: Any, run: Any) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class PassAtK:
-    """Unbiased pass@k on held-out problems, with 95% intervals over problems, and pass@1 by task."""
+    """Unbiased pass@k on held-out problems, with 95% intervals over problems, and pass@1 by task.
+
+    Beside them the share of problems that got right and wrong answers: only these teach a policy.
+    """
 
     problems: Annotated[int, "held-out problems"] = 64
     samples: Annotated[int, "answers a problem"] = 16
@@ -52,6 +58,8 @@ class PassAtK:
             found = {}
             for k, m, e in zip(self.ks, mean, error, strict=True):
                 found |= {f"valid/pass@{k}": float(m), f"valid/pass@{k}_ci95": float(1.96 * e)}
+            some = correct.any(1) & ~correct.all(1)
+            found["valid/informative"] = float(some.mean())
             tasks = [sampler.task_of(i) for i in range(self.problems)]
             for task in dict.fromkeys(tasks):
                 here = [t == task for t in tasks]
@@ -69,12 +77,14 @@ class Interference:
     diagonal takes two halves of a problem's answers. Besides `interference_report` there is the
     inner product of the two objectives' gradients, across halves of the problems (note on pass@k
     interference, section 4), and the same from all samples at once, which is biased upward, as it would
-    be across halves of the answers to the same problems.
+    be across halves of the answers to the same problems. Gradients are kept whole, two a problem and
+    objective, or as random projections, whose inner products are right on average.
     """
 
     problems: Annotated[int, "held-out problems, an even number"] = 16
     samples: Annotated[int, "answers a problem, an even number"] = 16
     k: Annotated[int, "of pass@k, at most half the samples"] = 8
+    sketch: Annotated[int, "random projections that stand for a gradient; 0: the whole of it"] = 0
 
     def check(self, run) -> None:
         _check_reason(self, run)
@@ -90,6 +100,8 @@ class Interference:
                 f"evaluator Interference: k={self.k} must be from 1 to half of an even "
                 f"samples={self.samples}, at least 4, and problems={self.problems} even, at least 2"
             )
+        if self.sketch < 0:
+            raise ValueError(f"evaluator Interference: sketch={self.sketch} must be at least 0")
 
     def make(self, scene):
         sampler = Sampler(scene, self.samples, "valid", scene.run.seed + 1)
@@ -97,6 +109,12 @@ class Interference:
         report = jax.jit(functools.partial(self._report, scene.apply, temperature))
 
         def evaluate(params, step):
+            size = sum(x.size for x in jax.tree.leaves(params))
+            if not self.sketch and 4 * self.problems * size > ROOM:
+                raise ValueError(
+                    f"evaluator Interference: 4 gradients of {size} numbers for each of "
+                    f"problems={self.problems} are more than {ROOM} numbers; set sketch, to 4096 say"
+                )
             # Other problems at every evaluation, so that estimates may be averaged over time.
             key = jax.random.fold_in(jax.random.key(scene.run.seed), 3)
             first = step * self.problems
@@ -123,10 +141,12 @@ class Interference:
 
         flat = lambda x: x.reshape(m * 2, *x.shape[2:])  # noqa: E731
         parts = jax.tree.map(flat, rows)
-        g_1, g_k = (
-            rl.prompt_gradients(weighted, params, (parts, flat(weigh(k))), chunk=1).reshape(m, 2, -1)
-            for k in (1, self.k)
-        )  # fmt: skip
+        # The same projection for both objectives.
+        sketch = {"sketch": self.sketch, "key": jax.random.key(0)} if self.sketch else {}
+        gradients = lambda k: rl.prompt_gradients(  # noqa: E731
+            weighted, params, (parts, flat(weigh(k))), chunk=1, **sketch
+        )
+        g_1, g_k = (gradients(k).reshape(m, 2, -1) for k in (1, self.k))
         q, p = jnp.full(m, 1 / m), correct.mean((1, 2))
         whole = g_1.mean(1)
         diagonal = jnp.einsum("mi,mi->m", g_1[:, 0], g_1[:, 1])

@@ -28,13 +28,13 @@ class Answers(NamedTuple):
 class Sampler:
     """Samples and verifies; compiled once for a number of problems, `samples` of each.
 
-    One program generates, with one prefill a problem, and scores what was generated: log-probabilities
-    under the parameters (`logp_old`), under the distribution that was drawn from (`logp_sampler`) and
-    under `reference`, if there is one (`logp_ref`). Sample j of problem i comes from the key
-    fold_in(fold_in(key, i), j): it depends neither on the batch nor on the mesh.
+    One program generates, with one prefill a problem, and, if `score`, scores what was generated:
+    log-probabilities under the parameters (`logp_old`) and under `reference`, if there is one
+    (`logp_ref`), beside those of the distribution that was drawn from (`logp_sampler`). Sample j of
+    problem i comes from the key fold_in(fold_in(key, i), j): it depends neither on batch nor mesh.
     """
 
-    def __init__(self, scene: Scene, samples: int, split: str, seed: int):
+    def __init__(self, scene: Scene, samples: int, split: str, seed: int, *, score: bool = False):
         run, source = scene.run, scene.run.source
         self.samples, self.prompt, self.new = samples, source.prompt, source.new
         self._problems = Problems(source.tasks, seed, split)
@@ -43,9 +43,10 @@ class Sampler:
         stop = () if self._tokenizer.eos is None else (self._tokenizer.eos,)
         temperature = getattr(source, "temperature", 1.0)
         module = run.model.build(scene.mesh.devices.flat[0].platform)
+        apply = scene.apply if score else None
         self._roll = jax.jit(
             functools.partial(
-                self._program, module, scene.apply, stop, Sampling(temperature), temperature
+                self._program, module, apply, stop, Sampling(temperature), temperature
             ),
             out_shardings=self._everywhere,
         )
@@ -64,7 +65,8 @@ class Sampler:
             logits = apply(params, *inputs)
             return rows["mask"] * logprobs_from_logits(logits, targets, temperature=temperature)
 
-        rows["logp_old"] = score(params)
+        if apply is not None:
+            rows["logp_old"] = score(params)
         if reference is not None:
             rows["logp_ref"] = score(reference)
         return made.tokens, made.lengths, rows

@@ -132,7 +132,7 @@ class Collector(Collected):
     def attach(self, scene: Scene) -> None:
         """Takes what sampling needs of a run: model, mesh, and the parameters it starts from."""
         self._scene, c = scene, self.config
-        self._sampler = Sampler(scene, c.samples, "train", self.seed)
+        self._sampler = Sampler(scene, c.samples, "train", self.seed, score=True)
         self._shape = jax.jit(functools.partial(shape, config=c.advantage, new=c.new))
         self._reference = starting_parameters(scene.run) if c.reference else None
 
