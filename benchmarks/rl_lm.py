@@ -26,7 +26,7 @@ from train.rollout.advantages import Advantage  # noqa: E402
 from train.rollout.evaluate import Interference, PassAtK  # noqa: E402
 from train.run import Run  # noqa: E402
 
-MODEL = DecoderConfig(layers=3, d_model=96, heads=4, kv_heads=4, head_dim=24, mlp=256)
+MODEL = DecoderConfig(layers=2, d_model=96, heads=4, kv_heads=4, head_dim=24, mlp=256)
 TASKS = dict(
     tasks=(
         "chain_sum min_terms=2 max_terms=2 min_digits=1 max_digits=2",
@@ -93,10 +93,10 @@ def main() -> None:
     """Trains what is missing, seed by seed."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     for name, value in (
-        ("seeds", 3), ("sft-steps", 250), ("steps", 60), ("samples", 8), ("every", 20), ("problems", 96),
+        ("seeds", 3), ("sft-steps", 300), ("steps", 40), ("samples", 8), ("every", 20), ("problems", 96),
     ):  # fmt: skip
         parser.add_argument(f"--{name}", type=int, default=value)
-    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--lr", type=float, default=5e-4)
     parser.add_argument("--arms", nargs="*", default=list(ARMS), choices=list(ARMS))
     parser.add_argument("--runs", type=Path, default=Path("runs/rl_lm"))
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
