@@ -40,6 +40,7 @@ class DecoderConfig:
     mlp_tiles: Annotated[int, "sequence tiles of the MLP; more tiles, less memory"] = 1
     qk_norm: Annotated[bool, "RMSNorm on queries and keys (Qwen 3)"] = False
     tied: Annotated[bool, "share the input and output embedding"] = False
+    value_head: Annotated[bool, "a number a token too: the value network of PPO"] = False
     rope_theta: Annotated[float, "base of the rotary frequencies"] = 10_000.0
     rope_scaling: Annotated[
         LinearScaling | Llama3Scaling | YarnScaling | None, "how positions are stretched"
@@ -202,6 +203,8 @@ class Decoder(nn.Module):
             shape = (c.d_model, c.vocab)
             std = c.d_model**-0.5
             self.head = weight(self, "head", shape, ("embed", "vocab"), std, c.param_dtype)
+        if c.value_head:  # zeros: nothing is expected before it has learnt
+            self.value = weight(self, "value", (c.d_model,), ("embed",), 0.0, c.param_dtype)
 
     @property
     def depth(self) -> int:
@@ -265,6 +268,10 @@ class Decoder(nn.Module):
         return jnp.einsum(
             "...d,dv->...v", hidden, self.unembedding(), preferred_element_type=jnp.float32
         )
+
+    def values(self, hidden: Float[Array, "*b d"]) -> Float[Array, "*b"]:
+        """What the value head says at each token, in float32."""
+        return jnp.einsum("...d,d->...", hidden, self.value, preferred_element_type=jnp.float32)
 
     def __call__(self, tokens, positions=None, segment_ids=None) -> Float[Array, "b t v"]:
         """Logits in float32."""

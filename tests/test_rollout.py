@@ -4,6 +4,7 @@ import dataclasses
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -126,7 +127,8 @@ def test_weights_of_pass_at_k_make_its_gradient():
 
 def test_columns_penalise_length_and_name_uninformative_groups():
     correct, lengths = np.array([[1, 0.0], [1, 1]]), np.array([[2, 4], [2, 2]])
-    got = shape(correct, lengths, jnp.ones((4, 4)), Advantage("drgrpo", overlong=2), 4)
+    config = Advantage("drgrpo", overlong=2)
+    got = shape(correct, lengths, jnp.ones((4, 4)), config=config, new=4)
     assert np.allclose(got["adv"], [1, -1, 0, 0]) and np.allclose(
         got["adv_reference"], [1, -1, 0, 0]
     )
@@ -147,6 +149,8 @@ def test_columns_penalise_length_and_name_uninformative_groups():
         (dict(temperature=0.5), "must equal"),
         (dict(reference=True), "kl_coef"),
         (dict(tasks=("chain_sum a",)), "must look like"),
+        (dict(advantage=Advantage("gae")), "PPO needs a value_coef above 0"),
+        (dict(advantage=Advantage("gae", lam=2.0)), "lam=2.0 must be in"),
     ],
 )
 def test_what_cannot_work_is_named_before_anything_is_compiled(source, message):
@@ -187,6 +191,51 @@ def test_adapter_gives_the_sum_and_the_weight():
         assert np.allclose(total / metrics["loss"][1], mean, rtol=1e-6)
     down, metrics = Policy().reference(lambda p, *a: logits, {}, batch, None)
     assert np.allclose(down, jnp.sum(column[:, None] * logp * mask), rtol=1e-5)
+
+
+VALUED = dataclasses.replace(MODEL, value_head=True)
+PPO = dict(
+    model=VALUED, objective=Policy(rl.RLConfig(), value_coef=0.5),
+    source=dataclasses.replace(SOURCE, advantage=Advantage("gae", gamma=0.9, lam=0.8)),
+)  # fmt: skip
+
+
+def test_ppo_is_its_clipped_loss_and_that_of_the_values():
+    """Against token loops in float64: generalised advantages, clip, and values near the old ones."""
+    rng = np.random.default_rng(2)
+    mask = np.array([[0, 1, 1, 1, 0], [1, 1, 0, 0, 0]], np.float32)
+    old, reward = rng.normal(size=(2, 5)), np.array([[1.0, 0.0]])
+    config = PPO["source"].advantage
+    made = shape(
+        reward, np.array([[3, 2]]), mask, jnp.asarray(old, jnp.float32), config=config, new=4
+    )
+    adv, returns = np.zeros((2, 5)), np.zeros((2, 5))
+    for i, places in enumerate(([1, 2, 3], [0, 1])):
+        carried = after = 0.0
+        for t in reversed(places):
+            due = reward[0, i] if t == places[-1] else 0.0
+            carried = due + 0.9 * after - old[i, t] + 0.9 * 0.8 * carried
+            adv[i, t], returns[i, t], after = carried, carried + old[i, t], old[i, t]
+    kept = mask > 0
+    adv[kept] = (adv[kept] - adv[kept].mean()) / np.sqrt(adv[kept].var(ddof=1) + 1e-8)
+    assert np.allclose(made["adv"], adv, atol=1e-5) and np.allclose(
+        made["returns"], returns, atol=1e-5
+    )
+    logits, values = rng.normal(size=(2, 5, 7)), old + rng.normal(size=(2, 5))
+    targets, logp_old = rng.integers(0, 7, (2, 5)), -2 + rng.normal(size=(2, 5)) / 5
+    stands = {"hidden": None, "logits": jnp.asarray(logits), "values": jnp.asarray(values)}
+    batch = {name: jnp.zeros((2, 5), int) for name in ("tokens", "positions", "segment_ids")}
+    batch |= {name: jnp.zeros(2) for name in ("reward", "length", "informative")} | made
+    batch |= {"targets": targets, "mask": mask, "logp_old": logp_old, "values_old": old}
+    apply = lambda params, *inputs, method: stands[method]  # noqa: E731
+    total, metrics = PPO["objective"](apply, {}, jax.tree.map(jnp.asarray, batch), None)
+    logs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    r = np.exp(np.take_along_axis(logs, targets[..., None], 2)[..., 0] - logp_old)
+    policy = np.maximum(-adv * r, -adv * np.clip(r, 0.8, 1.2))
+    near = np.clip(values, old - 0.2, old + 0.2)
+    value = 0.5 * np.maximum((values - returns) ** 2, (near - returns) ** 2)
+    assert metrics["loss"][1] == metrics["value_loss"][1] == 5
+    assert np.allclose(total, (kept * (policy + 0.5 * value)).sum(), rtol=1e-5)
 
 
 def test_protection_looks_at_earlier_steps():
@@ -246,44 +295,47 @@ def test_lagged_rollouts_resume_to_the_same_parameters(tmp_path, sums):
     assert all(np.array_equal(a, b) for a, b in pairs)
 
 
+WORDS = [f"model.{x}" for x in "layers=1 d_model=16 heads=2 kv_heads=2 head_dim=8 mlp=16".split()]
+WORDS += ["start=", "batch=16", "save_every=2", "eval_every=0", "evaluators.0.problems=2"]
+WORDS += ["evaluators.1.problems=2", "source.lag=1", "steps=12", "log_every=1", "--quiet"]
+# An untrained model earns nothing: its entropy, where it sampled, is what moves the parameters.
+WORDS += ["objective.loss.entropy_coef=0.1", "optimizer.lr=0.01"]
+
+
+def begin(cwd, folder, *words, devices=1):
+    """A process that trains `rl_reason` with these settings."""
+    env = os.environ | {"PYTHONPATH": str(ROOT), "JAX_NUM_CPU_DEVICES": str(devices)}
+    command = [sys.executable, "-m", "configs", "train", "rl_reason", *words]
+    return subprocess.Popen([*command, "--run-dir", str(folder)], env=env, cwd=cwd)
+
+
 @pytest.mark.slow
 def test_a_kill_amid_rollouts_changes_nothing(tmp_path):
     """The process dies without a word, wherever it is; the same command ends at the same parameters."""
     pytest.importorskip("reasoning_gym")
-    model = "layers=1 d_model=16 heads=2 kv_heads=2 head_dim=8 mlp=16"
-    words = [f"model.{word}" for word in model.split()]
-    words += ["start=", "batch=16", "save_every=2", "eval_every=0", "evaluators.0.problems=2"]
-    words += ["evaluators.1.problems=2", "source.lag=1", "steps=12", "log_every=1", "--quiet"]
-    # An untrained model earns nothing: its entropy, where it sampled, is what moves the parameters.
-    words += ["objective.loss.entropy_coef=0.1", "optimizer.lr=0.01"]
-    env = os.environ | {"PYTHONPATH": str(ROOT), "JAX_NUM_CPU_DEVICES": "1"}
-
-    def begin(folder):
-        command = [sys.executable, "-m", "configs", "train", "rl_reason", *words]
-        return subprocess.Popen([*command, "--run-dir", str(folder)], env=env, cwd=tmp_path)
-
-    assert begin(tmp_path / "whole").wait(300) == 0
-    killed = begin(tmp_path / "cut")
+    assert begin(tmp_path, tmp_path / "whole", *WORDS).wait(300) == 0
+    killed = begin(tmp_path, tmp_path / "cut", *WORDS)
     while killed.poll() is None and len(series(read(tmp_path / "cut"), "train", "loss")[0]) < 5:
         time.sleep(0.005)
     killed.kill()
     assert killed.wait() == -signal.SIGKILL
-    assert begin(tmp_path / "cut").wait(300) == 0
+    assert begin(tmp_path, tmp_path / "cut", *WORDS).wait(300) == 0
     assert any(r["kind"] == "resume" for r in read(tmp_path / "cut"))
     assert min(series(read(tmp_path / "whole"), "train", "grad_norm")[1]) > 0
     pairs = zip(parameters(tmp_path / "whole"), parameters(tmp_path / "cut"), strict=True)
     assert all(np.array_equal(a, b) for a, b in pairs)
 
 
+PASSK = dict(source=dataclasses.replace(SOURCE, advantage=Advantage("pkpo_wrloo", 2)))
+
+
 @pytest.mark.slow
-def test_eight_devices_do_what_one_does(tmp_path, sums):
+@pytest.mark.parametrize("what, protect", [(PASSK, 0.9), (PPO, 0.0)], ids=["pass@2", "PPO"])
+def test_eight_devices_do_what_one_does(tmp_path, sums, what, protect):
     """Groups of four answers lie over eight devices, two rows each; protection included."""
     for name, mesh in (("one", MeshShape(data=1)), ("eight", MeshShape(data=2, fsdp=4))):
-        run = small(
-            mesh=mesh, steps=2,
-            source=dataclasses.replace(SOURCE, advantage=Advantage("pkpo_wrloo", 2)),
-            optimizer=Optimizer(name="sgd", lr=0.1, protect=0.9),
-        )  # fmt: skip
+        rule = Optimizer(name="sgd", lr=0.1, protect=protect)
+        run = small(mesh=mesh, steps=2, optimizer=rule, **what)
         trainer.fit(run, tmp_path / name, quiet=True)
     one, eight = (series(read(tmp_path / name), "train", "reward") for name in ("one", "eight"))
     assert one == eight and set(one[1]) - {0.0, 1.0}
@@ -293,6 +345,25 @@ def test_eight_devices_do_what_one_does(tmp_path, sums):
         assert np.allclose(a, b, atol=1e-5)
         moved = max(moved, np.abs(a - c).max())
     assert moved > 1e-3
+
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
+def test_two_processes_roll_out_as_one_does(tmp_path):
+    """Each has four devices and half of the rows; both know every reward."""
+    pytest.importorskip("reasoning_gym")
+    words = [*WORDS, "steps=3", "mesh.data=2", "mesh.fsdp=4"]
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    flags = ["--coordinator", address, "--processes", "2", "--process-id"]
+    both = [begin(tmp_path, tmp_path / "two", *words, *flags, str(i), devices=4) for i in (0, 1)]
+    assert [process.wait(300) for process in both] == [0, 0]
+    assert begin(tmp_path, tmp_path / "one", *words, devices=8).wait(300) == 0
+    a, b = (read(tmp_path / name) for name in ("one", "two"))
+    for name in ("loss", "reward", "length", "grad_norm", "entropy"):
+        ours, theirs = (series(rows, "train", name)[1] for rows in (a, b))
+        assert len(ours) == 3 and np.allclose(ours, theirs, atol=1e-4), name
 
 
 @pytest.mark.slow
@@ -319,6 +390,10 @@ def test_a_run_starts_from_another_and_keeps_it_as_reference(tmp_path, sums):
     pairs = zip(parameters(tmp_path / "sft"), parameters(tmp_path / "rl"), strict=True)
     assert all(np.array_equal(a, b) for a, b in pairs)
     assert np.allclose(series(read(tmp_path / "rl"), "train", "kl")[1], 0, atol=1e-6)
+    ppo = small(start=str(tmp_path / "sft"), steps=3, optimizer=Optimizer(lr=1e-2, warmup=0), **PPO)
+    trainer.fit(ppo, tmp_path / "ppo", quiet=True)
+    assert np.abs(parameters(tmp_path / "ppo")[-1]).max() > 0  # the head was zero, and has learnt
+    assert series(read(tmp_path / "ppo"), "train", "value_loss")[1][0] > 0
     other = dataclasses.replace(run, model=dataclasses.replace(MODEL, mlp=32))
     with pytest.raises(ValueError, match="model.mlp is 16, here it is 32"):
         trainer.fit(other, tmp_path / "other", quiet=True)

@@ -98,7 +98,7 @@ def parameters(run: Any, folder: Path, step: int | None):
 def starting_run(run: Any):
     """(run, folder, step) that `run.start` names, with the model and mesh of `run`, which is checked.
 
-    ValueError when it names none, or one of another model.
+    Only a value head may be missing there. ValueError when it names none, or one of another model.
     """
     from train.report import locate
     from train.run import COMPUTED, difference, load_run, within
@@ -107,15 +107,25 @@ def starting_run(run: Any):
         raise ValueError("start='' must name the run whose parameters are the reference")
     folder, step = locate(Path(run.start))
     before = load_run(folder)
-    for path, old, new in difference(before.model, run.model):
+    model = run.model
+    if getattr(model, "value_head", False) and not getattr(before.model, "value_head", True):
+        model = dataclasses.replace(model, value_head=False)
+    for path, old, new in difference(before.model, model):
         if not within(f"model.{path}", COMPUTED):
             raise ValueError(f"start={run.start}: its model.{path} is {old}, here it is {new}")
-    return dataclasses.replace(before, model=run.model, mesh=run.mesh), folder, step
+    return dataclasses.replace(before, model=model, mesh=run.mesh), folder, step
 
 
 def starting_parameters(run: Any):
-    """The parameters of `starting_run`, placed as `run` has its own."""
-    return parameters(*starting_run(run))[1]
+    """The parameters of `starting_run`, placed as `run` has its own; a new value head is zero."""
+    import numpy as np
+    from jax import dtypes
+
+    params = parameters(*starting_run(run))[1]
+    if getattr(run.model, "value_head", False) and "value" not in params:
+        kind = dtypes.canonicalize_dtype(run.model.param_dtype)
+        params |= {"value": np.zeros(run.model.d_model, kind)}
+    return params
 
 
 SOURCE_CONFIG = "hf_config.json"  # the config.json of what was imported, in its run

@@ -12,7 +12,7 @@ from jaxlab import rl
 GROUPED = ("grpo", "drgrpo", "rloo", "batch_std", "reinforce_pp_baseline")
 Kind = Literal[
     "grpo", "drgrpo", "rloo", "batch_std", "reinforce_pp_baseline",
-    "pkpo", "pkpo_loo", "pkpo_loo1", "pkpo_wrloo", "passk_analytic", "best_minus_second",
+    "gae", "pkpo", "pkpo_loo", "pkpo_loo1", "pkpo_wrloo", "passk_analytic", "best_minus_second",
 ]  # fmt: skip
 
 
@@ -20,12 +20,15 @@ Kind = Literal[
 class Advantage:
     """From rewards of n answers a prompt to advantages."""
 
-    kind: Annotated[Kind, "a group's statistics, or weights of pass@k: pkpo..., passk_analytic"] = (
-        "grpo"
-    )
+    kind: Annotated[
+        Kind,
+        "a group's statistics; a value head's (gae); weights of pass@k: pkpo..., passk_analytic",
+    ] = "grpo"
     k: Annotated[int, "of pass@k, for the kinds that train on it"] = 1
     dynamic: Annotated[bool, "leave groups of equal rewards out of the loss (DAPO)"] = False
     overlong: Annotated[int, "tokens before the limit that are penalised (DAPO); 0: none"] = 0
+    gamma: Annotated[float, "discount of a token's later rewards, for kind=gae"] = 1.0
+    lam: Annotated[float, "trust in later rewards over the value head, for kind=gae"] = 0.95
 
     def check(self, samples: int, new: int) -> None:
         """ValueError naming the field that cannot work with n=`samples` answers of `new` tokens."""
@@ -40,7 +43,10 @@ class Advantage:
                 f"source.advantage.k={self.k} must be from {least} to {most} for kind={self.kind} and "
                 f"source.samples={samples}"
             )
-        if self.k > 1 and self.kind in (*GROUPED, "best_minus_second"):
+        for name in ("gamma", "lam"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"source.advantage.{name}={getattr(self, name)} must be in [0, 1]")
+        if self.k > 1 and self.kind in (*GROUPED, "gae", "best_minus_second"):
             raise ValueError(
                 f"source.advantage.k={self.k} means nothing to kind={self.kind}: use a pkpo kind"
             )
@@ -72,10 +78,21 @@ def advantages(
     return n * rl.pkpo_weights(rewards, config.k, variant, binary=variant == "wrloo")
 
 
-def shape(correct, lengths, mask, config: Advantage, new: int) -> dict[str, jax.Array]:
-    """The columns of a batch that rewards decide; correct and lengths [p, n], mask [p * n, t].
+def by_value(rewards, values, mask, config: Advantage) -> tuple[jax.Array, jax.Array]:
+    """(advantages, returns) [r, t] of rewards [r], each due at the last token of its row."""
+    last = mask.shape[1] - 1 - jnp.argmax(mask[:, ::-1], 1, keepdims=True)
+    at_token = jnp.where(jnp.arange(mask.shape[1]) == last, rewards[:, None], 0)
+    adv, returns = rl.gae(at_token, values, mask, config.gamma, config.lam)
+    return adv, mask * returns
 
-    adv; adv_reference, the one of pass@1; informative: 1 where the group's rewards differ.
+
+def shape(
+    correct, lengths, mask, values=None, *, config: Advantage, new: int
+) -> dict[str, jax.Array]:
+    """What rewards decide of a batch; correct and lengths [p, n], mask and values [p * n, t].
+
+    adv [p * n], or for kind=gae adv and returns [p * n, t]; adv_reference, the advantage of pass@1;
+    informative: 1 where the group's rewards differ.
     """
     correct = jnp.asarray(correct, jnp.float32)
     rewards = correct
@@ -83,8 +100,12 @@ def shape(correct, lengths, mask, config: Advantage, new: int) -> dict[str, jax.
         rewards = rewards + rl.overlong_penalty(lengths, new, config.overlong)
     informative = jnp.any(rewards != rewards[:, :1], -1, keepdims=True) & (rewards == rewards)
     plain = Advantage("rloo")
-    return {
-        "adv": advantages(rewards, mask, config).reshape(-1),
+    if config.kind == "gae":
+        adv, returns = by_value(rewards.reshape(-1), values, mask, config)
+        own = {"adv": adv, "returns": returns}
+    else:
+        own = {"adv": advantages(rewards, mask, config).reshape(-1)}
+    return own | {
         "adv_reference": advantages(correct, mask, plain).reshape(-1),
         "informative": informative.astype(jnp.float32).reshape(-1),
     }

@@ -30,8 +30,9 @@ class Sampler:
 
     One program generates, with one prefill a problem, and, if `score`, scores what was generated:
     log-probabilities under the parameters (`logp_old`) and under `reference`, if there is one
-    (`logp_ref`), beside those of the distribution that was drawn from (`logp_sampler`). Sample j of
-    problem i comes from the key fold_in(fold_in(key, i), j): it depends neither on batch nor mesh.
+    (`logp_ref`), beside those of the distribution that was drawn from (`logp_sampler`); and what the value
+    head says, if the model has one (`values_old`). Sample j of problem i comes from the key
+    fold_in(fold_in(key, i), j): it depends neither on batch nor mesh.
     """
 
     def __init__(self, scene: Scene, samples: int, split: str, seed: int, *, score: bool = False):
@@ -44,6 +45,7 @@ class Sampler:
         temperature = getattr(source, "temperature", 1.0)
         module = run.model.build(scene.mesh.devices.flat[0].platform)
         apply = scene.apply if score else None
+        self._valued = getattr(run.model, "value_head", False)
         self._roll = jax.jit(
             functools.partial(
                 self._program, module, apply, stop, Sampling(temperature), temperature
@@ -59,16 +61,22 @@ class Sampler:
         )  # fmt: skip
         rows = _rows(prompts, lengths, made)
 
-        def score(params):
+        def hidden(params):
             inputs = rows["tokens"], rows["positions"], rows["segment_ids"]
+            return apply(params, *inputs, method="hidden")
+
+        def score(params, states):
             targets = jnp.maximum(rows["targets"], 0)
-            logits = apply(params, *inputs)
+            logits = apply(params, states, method="logits")
             return rows["mask"] * logprobs_from_logits(logits, targets, temperature=temperature)
 
         if apply is not None:
-            rows["logp_old"] = score(params)
+            states = hidden(params)
+            rows["logp_old"] = score(params, states)
+            if self._valued:
+                rows["values_old"] = rows["mask"] * apply(params, states, method="values")
         if reference is not None:
-            rows["logp_ref"] = score(reference)
+            rows["logp_ref"] = score(reference, hidden(reference))
         return made.tokens, made.lengths, rows
 
     def __call__(self, params: Any, indices: range, key: jax.Array, reference=None) -> Answers:

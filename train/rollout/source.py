@@ -18,7 +18,8 @@ from train.folders import starting_parameters
 from train.rollout.advantages import Advantage, shape
 from train.rollout.sampler import Sampler
 
-ROWS = ("mask", "logp_old", "logp_sampler", "logp_ref")  # float32 [rows, tokens]
+ROWS = ("mask", "logp_old", "logp_sampler")  # float32 [rows, tokens]
+VALUED = ("adv", "returns", "values_old")  # of a value head, float32 [rows, tokens]
 COLUMNS = ("adv", "adv_reference", "informative", "reward", "length")  # float32 [rows]
 
 
@@ -68,8 +69,8 @@ class Rollouts(Reason, Sampled):
         self.check_batch(batch)
         tokens = jax.ShapeDtypeStruct((batch, self.seq_len), np.float32)
         column = jax.ShapeDtypeStruct((batch,), np.float32)
-        rows = [name for name in ROWS if name != "logp_ref" or self.reference]
-        return super().spec(batch) | dict.fromkeys(rows, tokens) | dict.fromkeys(COLUMNS, column)
+        rows = ROWS + ("logp_ref",) * self.reference + VALUED * (self.advantage.kind == "gae")
+        return super().spec(batch) | dict.fromkeys(COLUMNS, column) | dict.fromkeys(rows, tokens)
 
     def make(
         self, batch: int, *, seed: int, split: str, process_index: int = 0, process_count: int = 1
@@ -141,7 +142,9 @@ class Collector(Collected):
         key = jax.random.fold_in(jax.random.key(self.seed), 1)  # key 0 is the parameters'
         indices = range(step * problems, (step + 1) * problems)
         got = self._sampler(params, indices, key, self._reference)
-        columns = self._shape(got.correct, got.lengths, got.rows["mask"])
+        columns = self._shape(
+            got.correct, got.lengths, got.rows["mask"], got.rows.get("values_old")
+        )
         rows = got.rows | jax.device_get(columns)
         rows |= {
             "reward": got.correct.reshape(-1),
