@@ -1,8 +1,8 @@
 """`transformers.generate` with a static cache, driven line by line over stdin and stdout.
 
 `build` (sizes and weights from an .npz, compiled or not), `tokens` (greedy tokens), `time` (seconds
-of one call). Every line in is a JSON command, every line out its JSON answer. Needs torch,
-transformers and numpy.
+of one call), `time_samples` (seconds of one call that samples). Every line in is a JSON command, every
+line out its JSON answer. Needs torch, transformers and numpy.
 """
 
 import platform
@@ -59,5 +59,26 @@ def time_(side, prompts, new):
     return time.perf_counter() - begin
 
 
+def time_samples(prompts, new, samples, cache):
+    """Seconds of one call that draws `samples` answers a prompt at temperature 1."""
+    ids = torch.tensor(prompts)
+    begin = time.perf_counter()
+    with torch.inference_mode():
+        SIDES["static cache"].generate(
+            ids, attention_mask=torch.ones_like(ids), do_sample=True, temperature=1.0, top_k=0,
+            num_return_sequences=samples, cache_implementation=cache, max_new_tokens=new,
+            min_new_tokens=new,
+        )  # fmt: skip
+    return time.perf_counter() - begin
+
+
 if __name__ == "__main__":
-    serve({"build": build, "compile": compile_, "tokens": run, "time": time_})
+    serve(
+        {
+            "build": build,
+            "compile": compile_,
+            "tokens": run,
+            "time": time_,
+            "time_samples": time_samples,
+        }
+    )
