@@ -108,7 +108,7 @@ def allowed(variant, n, k):
     return not (variant == "loo" and k == n or variant == "loo1" and k == 1)
 
 
-@pytest.mark.parametrize("n", (2, 3, 5, 7))
+@pytest.mark.parametrize("n", (2, 3, 5, 7, pytest.param(10, marks=pytest.mark.slow)))
 def test_weights_are_those_of_all_subsets(n):
     random = np.random.default_rng(n)
     kinds = {

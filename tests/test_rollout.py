@@ -19,11 +19,12 @@ import pytest
 from jaxlab import rl
 from models.decoder import DecoderConfig
 from models.generate import Generated
-from sharding.mesh import MeshShape
+from sharding.mesh import MeshShape, make_mesh
 from train import trainer
 from train.checkpoint import Checkpoints
 from train.data.problems import Problems, parse_tasks, row
 from train.data.reason import Reason
+from train.evaluate import Scene
 from train.metrics import read, series
 from train.objectives import NextToken
 from train.optim import protect_average
@@ -172,6 +173,17 @@ def test_a_start_that_is_no_run_is_refused_before_a_file_is_touched(tmp_path):
     with pytest.raises(FileNotFoundError, match="not a run directory"):
         trainer.fit(small(start=str(tmp_path / "none")), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_gradients_that_do_not_fit_ask_for_a_sketch(monkeypatch, sums):
+    run = small(evaluators=(Interference(4, 8, 2),)).check(1)
+    scene = Scene(run, None, make_mesh(run.mesh, jax.devices()[:1]), (0, 1))  # type: ignore[arg-type]
+    monkeypatch.setattr("train.rollout.evaluate.ROOM", 1000)
+    with pytest.raises(ValueError, match="use sketch=4096"):
+        run.evaluators[0].make(scene)
+    Interference(4, 8, 2, sketch=8).make(scene)
+    with pytest.raises(ValueError, match="sketch=-1"):
+        small(evaluators=(Interference(4, 8, 2, -1),)).check(1)
 
 
 def test_adapter_gives_the_sum_and_the_weight():
@@ -370,6 +382,14 @@ def test_two_processes_roll_out_as_one_does(tmp_path):
 def test_evaluators_report_pass_at_k_and_interference(tmp_path, sums):
     run = small(evaluators=(PassAtK(4, 8, (1, 4)), Interference(4, 8, 2)), steps=1)
     found = trainer.fit(run, tmp_path / "run", quiet=True).values
+    sketched = dataclasses.replace(run, evaluators=(Interference(4, 8, 2, sketch=20_000),))
+    close = trainer.fit(sketched, tmp_path / "sketched", quiet=True).values
+    # The error of a projection to d numbers is about |g_1| |g_k| / sqrt(d).
+    size = found["interference/grad_j1_sq"] + abs(found["interference/inner_product"])
+    for name in ("grad_j1_sq", "inner_product"):
+        away = abs(close[f"interference/{name}"] - found[f"interference/{name}"])
+        assert away < 0.1 * size + 1e-6, name
+    assert 0 <= found["valid/informative"] <= 1
     assert 0 <= found["valid/pass@1"] <= found["valid/pass@4"] <= 1
     assert abs(found["valid/pass@1"] - found["valid/pass@1/sums"]) < 1e-6
     assert found["valid/pass@1_ci95"] >= 0

@@ -11,6 +11,7 @@ import numpy as np
 from jaxlab import rl
 from train.data.reason import Reason
 from train.rollout.sampler import Sampler
+from train.state import init_params
 
 # Numbers that the gradients of `Interference` may take, 1 GiB of float32.
 ROOM = 2**28
@@ -104,17 +105,12 @@ class Interference:
             raise ValueError(f"evaluator Interference: sketch={self.sketch} must be at least 0")
 
     def make(self, scene):
+        self._check_room(scene)
         sampler = Sampler(scene, self.samples, "valid", scene.run.seed + 1)
         temperature = getattr(scene.run.source, "temperature", 1.0)
         report = jax.jit(functools.partial(self._report, scene.apply, temperature))
 
         def evaluate(params, step):
-            size = sum(x.size for x in jax.tree.leaves(params))
-            if not self.sketch and 4 * self.problems * size > ROOM:
-                raise ValueError(
-                    f"evaluator Interference: 4 gradients of {size} numbers for each of "
-                    f"problems={self.problems} are more than {ROOM} numbers; set sketch, to 4096 say"
-                )
             # Other problems at every evaluation, so that estimates may be averaged over time.
             key = jax.random.fold_in(jax.random.key(scene.run.seed), 3)
             first = step * self.problems
@@ -126,6 +122,18 @@ class Interference:
             return {f"interference/{n}": float(x) for n, x in jax.device_get(found).items()}
 
         return evaluate
+
+    def _check_room(self, scene):
+        run = scene.run
+        module = run.model.build(scene.mesh.devices.flat[0].platform)
+        inputs = run.model.inputs(run.source.spec(run.batch))
+        shapes = jax.eval_shape(lambda: init_params(module, jax.random.key(0), inputs))
+        size = sum(x.size for x in jax.tree.leaves(shapes))
+        if not self.sketch and 4 * self.problems * size > ROOM:
+            raise ValueError(
+                f"evaluator Interference: sketch=0 keeps 4 gradients of {size} numbers for each of "
+                f"problems={self.problems}, more than {ROOM} numbers in all: use sketch=4096, say"
+            )
 
     def _report(self, apply, temperature, params, rows, correct):
         m = self.problems
