@@ -71,7 +71,7 @@ def reinforced(args: argparse.Namespace, seed: int, arm: str, start: Path) -> Ru
         preset.source, **TASKS, advantage=advantage, samples=args.samples
     )  # fmt: skip
     return dataclasses.replace(
-        preset, model=MODEL, steps=args.steps, seed=seed, start=str(start), eval_every=args.every,
+        preset, model=MODEL, steps=args.steps, batch=args.batch, seed=seed, start=str(start), eval_every=args.every,
         save_every=args.every, objective=Policy(loss), source=source,
         optimizer=dataclasses.replace(preset.optimizer, lr=args.lr, protect=protect),
         evaluators=(PassAtK(args.problems, 16, KS), Interference(16, 16, 8)),
@@ -93,7 +93,8 @@ def main() -> None:
     """Trains what is missing, seed by seed."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     for name, value in (
-        ("seeds", 3), ("sft-steps", 300), ("steps", 40), ("samples", 8), ("every", 20), ("problems", 96),
+        ("seeds", 3), ("sft-steps", 250), ("steps", 50), ("batch", 64), ("samples", 8), ("every", 25),
+        ("problems", 96),
     ):  # fmt: skip
         parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--lr", type=float, default=5e-4)

@@ -14,8 +14,8 @@ KS = (1, 4, 8)
 LIVE = ("crossfit", "same_samples", "negative_fraction", "critical_k", "weight_decades", "pass@1")
 INTRO = """\
 Held-out problems: {problems} of {tasks} tasks, 16 answers each, the same for every arm of a seed.
-{sft_steps} supervised steps, then {steps} of reinforcement learning, 16 problems of {samples} answers each,
-learning rate {lr}. ± is the half-width of a 95% interval over seeds (t with {freedom} degrees of freedom).
+{sft_steps} supervised steps, then {steps} of reinforcement learning, {batch} answers each, {samples} to a
+problem, learning rate {lr}. ± is the half-width of a 95% interval over seeds (t with {freedom} degrees of freedom).
 "change" is against the supervised start of the same seed and problems.
 """
 # Two-sided 97.5% points of Student's t.

@@ -105,7 +105,7 @@ def throughput(options, record: dict) -> None:
 
 def parts(options, record: dict) -> None:
     """Seconds of the parts of a step of GRPO in the setting of `rl_lm.py`."""
-    plain = argparse.Namespace(problems=2, samples=8, steps=1, every=1, lr=1e-4)
+    plain = argparse.Namespace(problems=2, batch=64, samples=8, steps=1, every=1, lr=1e-4)
     run = rl_lm.reinforced(plain, 0, "GRPO", Path("none"))
     run = dataclasses.replace(run, start="", evaluators=()).check(1)
     program = trainer.build(run, jax.devices()[:1])

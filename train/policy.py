@@ -70,7 +70,8 @@ class Policy:
                 f"objective.value_coef={self.value_coef} must be at least 0 and "
                 f"objective.value_clip={self.value_clip} above 0, both finite"
             )
-        head, kind = getattr(model, "value_head", False), source.advantage.kind
+        head = getattr(model, "value_head", False)
+        kind = getattr(source.advantage, "kind", None)
         if not (self.value_coef > 0) == (kind == "gae") == head:
             raise ValueError(
                 f"objective.value_coef={self.value_coef}, source.advantage.kind={kind} and "
