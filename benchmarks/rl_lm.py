@@ -71,8 +71,8 @@ def reinforced(args: argparse.Namespace, seed: int, arm: str, start: Path) -> Ru
         preset.source, **TASKS, advantage=advantage, samples=args.samples
     )  # fmt: skip
     return dataclasses.replace(
-        preset, model=MODEL, steps=args.steps, batch=args.batch, seed=seed, start=str(start), eval_every=args.every,
-        save_every=args.every, objective=Policy(loss), source=source,
+        preset, model=MODEL, steps=args.steps, batch=args.batch, seed=seed, start=str(start),
+        eval_every=args.every, save_every=args.every, objective=Policy(loss), source=source,
         optimizer=dataclasses.replace(preset.optimizer, lr=args.lr, protect=protect),
         evaluators=(PassAtK(args.problems, 16, KS), Interference(16, 16, 8)),
     )  # fmt: skip

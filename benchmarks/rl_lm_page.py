@@ -15,8 +15,8 @@ LIVE = ("crossfit", "same_samples", "negative_fraction", "critical_k", "weight_d
 INTRO = """\
 Held-out problems: {problems} of {tasks} tasks, 16 answers each, the same for every arm of a seed.
 {sft_steps} supervised steps, then {steps} of reinforcement learning, {batch} answers each, {samples} to a
-problem, learning rate {lr}. ± is the half-width of a 95% interval over seeds (t with {freedom} degrees of freedom).
-"change" is against the supervised start of the same seed and problems.
+problem, learning rate {lr}. ± is the half-width of a 95% interval over seeds (Student's t, {freedom} degrees of
+freedom). "change" is against the supervised start of the same seed and problems.
 """
 # Two-sided 97.5% points of Student's t.
 T975 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
