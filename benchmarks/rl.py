@@ -115,7 +115,8 @@ def markdown(record: dict) -> str:
     lines = [
         f"# RL update without its model, {record['date']}", "",
         f"{described(record)}. {record['rows']} rows of {record['tokens']} tokens in {record['groups']} "
-        "groups, float32: advantages, loss, gradient and metrics in one jitted call, and without metrics. "
+        "groups, float32: advantages, loss, gradient and metrics in one jitted call, and without metrics; "
+        "log-probabilities of a reference only where the loss has a KL, as in TRL. "
         f"Median ms (min to max) of {record['rounds']} alternating rounds.", "",
     ]  # fmt: skip
     if peer := record.get("peer"):
