@@ -50,11 +50,6 @@ def lengths(kept):
     return jnp.sum(kept, 1, keepdims=True)
 
 
-def row_sum(x, kept):
-    """Sum over the valid tokens of each row [N, 1]."""
-    return jnp.sum(jnp.where(kept, x, 0), 1, keepdims=True)
-
-
 def row_mean(x, kept):
     """Mean over the valid tokens of each row [N, 1], 0 for an empty row; `x` is 0 where masked."""
     return jnp.sum(x, 1, keepdims=True) / jnp.maximum(lengths(kept), 1)
@@ -78,7 +73,7 @@ def token_metrics(kept, dtype, **values) -> Metrics:
 
 
 def _row_sums(arrays):
-    """Sums of the rows of each array [N, 1], all in one pass: what sums read is not written to memory."""
+    """Sums [N, 1] of the rows of each array, in one pass: XLA:CPU would write what single sums read."""
     if not arrays:
         return []
     zeros = [jnp.zeros((), x.dtype) for x in arrays]
