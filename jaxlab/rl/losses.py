@@ -149,7 +149,7 @@ def policy_terms(
     delta = logp - stop(old)
     z = _log_ratio(delta, kept, ratio_level, log_ratio_clamp)
     r = stop(jnp.exp(z))
-    clipped = dual = jnp.zeros_like(kept[:, :1])
+    clipped = dual = jnp.zeros((len(kept), 1), bool)
     if kind == "pg":
         loss = -a * logp
         # A sum of its own: inside the one of all metrics, XLA:CPU does not vectorise the exponential.

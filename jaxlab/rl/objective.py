@@ -123,7 +123,7 @@ def rl_loss(
     if cfg.sampler_cap is not None:
         mismatch = jnp.exp(stop(a["logp_old"] - a["logp_sampler"]))
         loss *= jnp.minimum(mismatch, cfg.sampler_cap)
-    kl = jnp.zeros_like(loss[:, :1])
+    kl = jnp.zeros((len(loss), 1), loss.dtype)
     if "logp_ref" in a:
         kl = kl_tokens(a["logp"], a["logp_ref"], cfg.kl, cfg.kl_clamp)
         if cfg.kl_times_ratio:
