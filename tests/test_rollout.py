@@ -309,7 +309,7 @@ def test_lagged_rollouts_resume_to_the_same_parameters(tmp_path, sums):
 
 WORDS = [f"model.{x}" for x in "layers=1 d_model=16 heads=2 kv_heads=2 head_dim=8 mlp=16".split()]
 WORDS += ["start=", "batch=16", "save_every=2", "eval_every=0", "evaluators.0.problems=2"]
-WORDS += ["evaluators.1.problems=2", "source.lag=1", "steps=12", "log_every=1", "--quiet"]
+WORDS += ["evaluators.1.problems=2", "source.lag=1", "log_every=1", "--quiet"]
 # An untrained model earns nothing: its entropy, where it sampled, is what moves the parameters.
 WORDS += ["objective.loss.entropy_coef=0.1", "optimizer.lr=0.01"]
 
@@ -325,13 +325,13 @@ def begin(cwd, folder, *words, devices=1):
 def test_a_kill_amid_rollouts_changes_nothing(tmp_path):
     """The process dies without a word, wherever it is; the same command ends at the same parameters."""
     pytest.importorskip("reasoning_gym")
-    assert begin(tmp_path, tmp_path / "whole", *WORDS).wait(300) == 0
-    killed = begin(tmp_path, tmp_path / "cut", *WORDS)
+    assert begin(tmp_path, tmp_path / "whole", *WORDS, "steps=12").wait(300) == 0
+    killed = begin(tmp_path, tmp_path / "cut", *WORDS, "steps=12")
     while killed.poll() is None and len(series(read(tmp_path / "cut"), "train", "loss")[0]) < 5:
         time.sleep(0.005)
     killed.kill()
     assert killed.wait() == -signal.SIGKILL
-    assert begin(tmp_path, tmp_path / "cut", *WORDS).wait(300) == 0
+    assert begin(tmp_path, tmp_path / "cut", *WORDS, "steps=12").wait(300) == 0
     assert any(r["kind"] == "resume" for r in read(tmp_path / "cut"))
     assert min(series(read(tmp_path / "whole"), "train", "grad_norm")[1]) > 0
     pairs = zip(parameters(tmp_path / "whole"), parameters(tmp_path / "cut"), strict=True)
