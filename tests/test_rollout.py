@@ -380,15 +380,13 @@ def test_two_processes_roll_out_as_one_does(tmp_path):
 
 @pytest.mark.slow
 def test_evaluators_report_pass_at_k_and_interference(tmp_path, sums):
-    run = small(evaluators=(PassAtK(4, 8, (1, 4)), Interference(4, 8, 2)), steps=1)
+    run = small(evaluators=(PassAtK(4, 8, (1, 4)), Interference(4, 8, 1)), steps=1)
     found = trainer.fit(run, tmp_path / "run", quiet=True).values
-    sketched = dataclasses.replace(run, evaluators=(Interference(4, 8, 2, sketch=20_000),))
+    sketched = dataclasses.replace(run, evaluators=(Interference(4, 8, 1, sketch=20_000),))
     close = trainer.fit(sketched, tmp_path / "sketched", quiet=True).values
-    # The error of a projection to d numbers is about |g_1| |g_k| / sqrt(d).
-    size = found["interference/grad_j1_sq"] + abs(found["interference/inner_product"])
-    for name in ("grad_j1_sq", "inner_product"):
-        away = abs(close[f"interference/{name}"] - found[f"interference/{name}"])
-        assert away < 0.1 * size + 1e-6, name
+    # With k=1 this is a squared norm, which a projection to d numbers keeps within sqrt(2 / d), 1%.
+    whole, short = (x["interference/same_samples"] for x in (found, close))
+    assert whole > 0 and abs(short / whole - 1) < 0.05
     assert 0 <= found["valid/informative"] <= 1
     assert 0 <= found["valid/pass@1"] <= found["valid/pass@4"] <= 1
     assert abs(found["valid/pass@1"] - found["valid/pass@1/sums"]) < 1e-6
