@@ -6,8 +6,7 @@
 Forward, backward and AdamW of the 32 layers (scanned), batch 1, parameters and optimiser in float32 and
 sharded over the same chips, MLP and loss in tiles, each layer's input and attention output in the host's
 memory (remat 'offload'; 'offload_input': the input only). Each row is compiled as far as the assignment of
-its memory, see assigned.py; `jaxlab compile` does the rest too, in many minutes. The longest context that
-fits is the line through a method's two longest rows, where it meets the memory. Needs the extra tpu-aot.
+its memory, see assigned.py; `jaxlab compile` does the rest too, in many minutes. Needs the extra tpu-aot.
 """
 
 import argparse
@@ -53,13 +52,12 @@ def compile_row(topology: str, tokens: str, method: str, remat: str) -> None:
         print_and_end(lambda options: lowered.compile(compiler_options=options), usable)
 
 
-def longest(rows: list[dict]) -> float | None:
-    """Tokens at which the line through the two longest rows of a method meets the memory."""
-    found = sorted((r["tokens"], r["needs_bytes"]) for r in rows if r["temp_bytes"])
-    if len(found) < 2:
-        return None
-    (s, a), (t, b) = found[-2:]
-    return t + (rows[0]["hbm_bytes"] - b) * (t - s) / (b - a)
+def longest(rows: list[dict]) -> str:
+    """What fits and what does not of a method's rows."""
+    fits = [r["tokens"] for r in rows if r["fits"]]
+    not_fits = [r["tokens"] for r in rows if not r["fits"] and r["tokens"] > max(fits, default=0)]
+    found = f"{max(fits) / 2**20:g} fit" if fits else "none fits"
+    return found + (f", {min(not_fits) / 2**20:g} do not" if not_fits else ", longer was not tried")
 
 
 def table(rows: list[dict], title: str) -> str:
@@ -93,12 +91,12 @@ def table(rows: list[dict], title: str) -> str:
         lines.append(f"| {' | '.join(cells)} |")
     lines += [
         "",
-        "Longest context that fits the HBM, by the line through a method's two longest rows:",
+        "Longest context in millions (2^20) of tokens:",
         "",
     ]
     for key in dict.fromkeys((r["remat"], r["method"]) for r in order):
-        end = longest([r for r in order if (r["remat"], r["method"]) == key])
-        lines += [f"* {key[1]}, {key[0]}: {end / 2**20:.2f} million (2^20) tokens"] if end else []
+        own = [r for r in order if (r["remat"], r["method"]) == key]
+        lines.append(f"* {key[1]}, {key[0]}: {longest(own)}")
     stamp = {f"JAX {r['jax']}, libtpu {r['libtpu']}, {r['date']}" for r in rows}
     return "\n".join(
         [*lines, "", f"Compiled by {'; '.join(sorted(stamp))}, up to the assignment of memory.", ""]
@@ -117,6 +115,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.row:
         compile_row(*args.row)
+    args.out.mkdir(parents=True, exist_ok=True)
     file = args.out / f"context_step_llama3_8b_{args.topology.replace(':', '_')}.json"
     rows = json.loads(file.read_text())["rows"] if file.exists() else []
     for tokens in map(int, args.tokens.split(",")):

@@ -106,24 +106,26 @@ def _ring(ring: Ring, q, k, v, segment_ids):
 
 
 def _turn(ring: Ring, visit, state, kv):
-    """`state` after `visit(state, kv, rank they are from)` at every rank; they travel size - 1 times."""
+    """`state` after `visit(state, kv, own rank, rank they are from)` at every rank, size - 1 journeys."""
+    # Tied to kv: JAX would take the masks of all blocks, as constants, out of a scan over layers.
+    rank, _ = jax.lax.optimization_barrier((ring.rank(), kv[:1, :1, :1, :1, :1]))
 
     def hop(carry, i):
         state, kv = carry
         # Sent before they are used: the next visit's travel while this one computes.
         following = ring.send(kv)
-        return (visit(state, kv, (ring.rank() - i) % ring.size), following), None
+        return (visit(state, kv, rank, (rank - i) % ring.size), following), None
 
     if ring.size > 1:
         (state, kv), _ = jax.lax.scan(hop, (state, kv), jnp.arange(ring.size - 1))
-    return visit(state, kv, (ring.rank() + 1) % ring.size)
+    return visit(state, kv, rank, (rank + 1) % ring.size)
 
 
 def _forward(ring: Ring, q, k, v, segment_ids):
     wide, block = wide_type(q), default_block(q.shape[0] * q.shape[2])
 
-    def visit(state, kv, source):
-        mask = _alike(ring.mask(segment_ids, ring.rank(), source), q)
+    def visit(state, kv, rank, source):
+        mask = _alike(ring.mask(segment_ids, rank, source), q)
         plan = plan_blocks(ring.rule, q, k, mask, block, block)
         out, lse = forward_in_blocks(plan, q, kv[0], kv[1], mask)
         return _merge(state[0], state[1], out, lse)
@@ -148,9 +150,9 @@ def _backward(ring: Ring, saved, dout):
     wide, block = wide_type(q), default_block(q.shape[0] * q.shape[2])
     no_dlse = jnp.zeros_like(lse)
 
-    def visit(state, kv, source):
+    def visit(state, kv, rank, source):
         dq, dkv = state
-        mask = _alike(ring.mask(segment_ids, ring.rank(), source), q)
+        mask = _alike(ring.mask(segment_ids, rank, source), q)
         plan = plan_blocks(ring.rule, q, k, mask, block, block)
         dqi, dk, dv = backward_in_blocks(plan, q, kv[0], kv[1], mask, out, lse, dout, no_dlse)
         # After the last visit this is the step home.

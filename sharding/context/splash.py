@@ -3,7 +3,8 @@
 The kernels' own mask classes look at every pair of tokens on the host: minutes at 256K tokens. Which
 blocks are empty, whole or neither follows from their first and last tokens alone. These tables go to
 scalar memory, which holds those of some rows of blocks only, and what the kernels write is padded to
-128 lanes: so queries are taken in pieces, and keys in the pass for their gradients.
+128 lanes: so queries are taken in pieces, and keys in the pass for their gradients, there with some
+rows of queries at a time.
 """
 
 import functools
@@ -21,6 +22,7 @@ from jaxlab.masks import Rule
 
 _LANES = 128  # of a TPU register: what lengths and head dims must be multiples of
 _MOST_BLOCKS = 128 * 1024  # of a piece: two tables of them fill most of the scalar memory
+_MOST_ROWS = 2048  # of the tables by keys: each is padded to 128 lanes, however few blocks it has
 _LEAST_BLOCKS = 64  # a side of a piece, where the table allows it: fewer are not worth a kernel
 
 
@@ -56,21 +58,23 @@ def splash_attention(
     return rearrange(out, "b h g t k -> b t (h g) k")
 
 
-def _pieces(length: int) -> tuple[int, int]:
-    """Tokens of a block, and of a piece: an eighth of the sequence, within the limits above."""
+def _pieces(length: int) -> tuple[int, int, int]:
+    """Tokens of a block, of a piece (an eighth of the sequence) and of its rows, within the limits above."""
     block = next(b for b in (1024, 512, 256, 128) if length % b == 0)
     n = length // block
     most = max(1, min(_MOST_BLOCKS // n, max(n // 8, _LEAST_BLOCKS)))
-    return block, block * next(c for c in range(min(most, n), 0, -1) if n % c == 0)
+    whole = lambda limit: block * next(c for c in range(min(limit, n), 0, -1) if n % c == 0)  # noqa: E731
+    return block, whole(most), whole(_MOST_ROWS)
 
 
 class _How(NamedTuple):
-    """What is static: mask, whether to interpret, tokens of a block and of a piece."""
+    """What is static: mask, whether to interpret, tokens of a block, of a piece, of its rows of queries."""
 
     rule: Rule
     interpret: bool
     block: int
     piece: int
+    rows: int
 
     @property
     def keywords(self) -> dict[str, Any]:
@@ -103,16 +107,17 @@ class _How(NamedTuple):
         turn = lambda n, carry: function(n * self.piece, carry)  # noqa: E731
         return jax.lax.fori_loop(0, length // self.piece, turn, start)
 
-    def cut(self, x, i, axis: int):
+    def cut(self, x, i, axis: int, length: int | None = None):
         """The piece of x from token i."""
-        return jax.lax.dynamic_slice_in_dim(x, i, self.piece, axis)
+        return jax.lax.dynamic_slice_in_dim(x, i, length or self.piece, axis)
 
-    def segments(self, ids, i=None, by_keys: bool = False):
-        """Of queries and keys; of the one cut into pieces those of the piece from token i."""
-        if ids is None:
-            return None
-        part = self.cut(ids, i, 0)
-        return _lib("kernel").SegmentIds(*((ids, part) if by_keys else (part, ids)))
+    def segments(self, queries, keys):
+        """What kernels take, of the segments of queries and of keys."""
+        return None if queries is None else _lib("kernel").SegmentIds(queries, keys)
+
+    def segment_piece(self, ids, i, length: int | None = None):
+        """The piece of the segments from token i, if there are segments."""
+        return None if ids is None else self.cut(ids, i, 0, length)
 
 
 def _lib(name: str) -> Any:
@@ -144,7 +149,8 @@ def _forward(how: _How, q, k, v, segments):
             info, None, None, block_sizes=sizes, save_residuals=True,
             residual_checkpoint_name=None, **how.keywords,
         )  # fmt: skip
-        out, (lse,) = kernel(how.cut(q, i, 1), k, v, how.segments(segments, i))
+        ids = how.segments(how.segment_piece(segments, i), segments)
+        out, (lse,) = kernel(how.cut(q, i, 1), k, v, ids)
         put = jax.lax.dynamic_update_slice_in_dim
         return put(carry[0], out, i, 1), put(carry[1], lse, i, 1)
 
@@ -166,19 +172,35 @@ def _backward(how: _How, saved, dout):
 
     def queries(i, dq):
         part = lib._splash_attention_bwd_dq(
-            q=how.cut(q, i, 1), k=k, v=v, segment_ids=how.segments(segments, i),
+            q=how.cut(q, i, 1), k=k, v=v,
+            segment_ids=how.segments(how.segment_piece(segments, i), segments),
             logsumexp=how.cut(lse, i, 1), do=how.cut(dout, i, 1), di=how.cut(di, i, 1),
             mask_info=how.info(False, i, 0, how.piece, t), **common,
         )  # fmt: skip
         return put(dq, part, i, 1)
 
     def keys(i, carry):
-        _, *parts = lib._splash_attention_bwd_dkv(
-            q=q, k=how.cut(k, i, 0), v=how.cut(v, i, 0), logsumexp=lse, do=dout, di=di,
-            segment_ids=how.segments(segments, i, by_keys=True), bkv_compute=how.block,
-            mask_info=how.info(True, 0, i, t, how.piece), use_fused_bwd_kernel=False, **common,
-        )  # fmt: skip
-        return tuple(put(x, part, i, 0) for x, part in zip(carry, parts, strict=True))
+        def seen_from(j):
+            """Gradients of the keys and values of the piece from token i by the rows from token j."""
+            at = lambda x: how.cut(x, j, 1, how.rows)  # noqa: E731
+            ids = how.segment_piece(segments, j, how.rows), how.segment_piece(segments, i)
+            _, *parts = lib._splash_attention_bwd_dkv(
+                q=at(q), k=how.cut(k, i, 0), v=how.cut(v, i, 0), logsumexp=at(lse), do=at(dout),
+                di=at(di), segment_ids=how.segments(*ids), bkv_compute=how.block,
+                mask_info=how.info(True, j, i, how.rows, how.piece), use_fused_bwd_kernel=False,
+                **common,
+            )  # fmt: skip
+            return parts
+
+        def add(n, sums):
+            return [x + part for x, part in zip(sums, seen_from(n * how.rows), strict=True)]
+
+        if how.rows == t:
+            parts = seen_from(0)
+        else:
+            start = [jnp.zeros_like(how.cut(x, i, 0), dtype=wide) for x in (k, v)]
+            parts = jax.lax.fori_loop(0, t // how.rows, add, start)
+        return tuple(put(x, p.astype(x.dtype), i, 0) for x, p in zip(carry, parts, strict=True))
 
     dk, dv = how.pieces(keys, (jnp.zeros_like(k), jnp.zeros_like(v)), t)
     dq = how.pieces(queries, jnp.zeros_like(q), t)
