@@ -290,3 +290,22 @@ def test_memory_grows_with_the_stage_and_is_least_with_the_smallest():
     # Without the checkpoint Ulysses keeps what its gradient needs, and no more. A single stage of all
     # heads still makes everything again, for which it needs 6.7 against 4.7.
     assert temporaries("upipe", 8, kept=False) <= 0.7 * temporaries("ulysses", kept=False)
+
+
+@pytest.mark.parametrize("method", ["ring", pytest.param("allgather", marks=pytest.mark.slow)])
+def test_a_scan_over_layers_does_not_keep_the_masks_of_all_blocks(method):
+    """They are the same in every layer: as constants JAX computes them once, and saves them."""
+    mesh, shapes = make_mesh(context=8), ((16, 2, 8), (16, 1, 8), (16, 1, 8), (2, 8, 16))
+    weights = [shape(*s, dtype="float32") for s in shapes]
+
+    def loss(x, *weights):
+        layer = functools.partial(attention_layer, mesh=mesh, method=method)
+        y, _ = jax.lax.scan(lambda x, _: (layer(x, *weights), None), x, length=2)
+        return jnp.sum(y**2)
+
+    grad = jax.grad(loss, argnums=(0, 1))
+    short, long = (
+        aot_memory(grad, (shape(1, t, 16, dtype="float32"), *weights)).temp_bytes
+        for t in (4096, 8192)
+    )
+    assert long < 1.5 * short

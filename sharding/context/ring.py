@@ -60,6 +60,10 @@ class Ring(NamedTuple):
         """This device's."""
         return jax.lax.axis_index(self.axis)
 
+    def rank_for(self, x):
+        """This device's, tied to x: of constants JAX takes all blocks' masks out of a scan over layers."""
+        return jax.lax.optimization_barrier((self.rank(), x[(slice(1),) * x.ndim]))[0]
+
     def send(self, x):
         """To the next rank, from the one before."""
         n = self.size
@@ -91,12 +95,13 @@ def gathered_attention(
 ):
     """What `ring_attention` returns, with the keys and values of all ranks gathered at once."""
     k, v = (jax.lax.all_gather(x, ring.axis, axis=1, tiled=True) for x in (k, v))
+    rank = ring.rank_for(q)
     everyone = [ring.positions(rank) for rank in range(ring.size)]
     rule: dict[str, Any] = ring.rule._asdict()
     return blockwise_attention(
         q, k, v, **rule,
-        q_positions=ring.positions(ring.rank()), k_positions=jnp.concatenate(everyone, 1),
-        segment_ids=ring.segments(segment_ids, ring.rank()), k_segment_ids=segment_ids,
+        q_positions=ring.positions(rank), k_positions=jnp.concatenate(everyone, 1),
+        segment_ids=ring.segments(segment_ids, rank), k_segment_ids=segment_ids,
     )  # fmt: skip
 
 
@@ -107,8 +112,7 @@ def _ring(ring: Ring, q, k, v, segment_ids):
 
 def _turn(ring: Ring, visit, state, kv):
     """`state` after `visit(state, kv, own rank, rank they are from)` at every rank, size - 1 journeys."""
-    # Tied to kv: JAX would take the masks of all blocks, as constants, out of a scan over layers.
-    rank, _ = jax.lax.optimization_barrier((ring.rank(), kv[:1, :1, :1, :1, :1]))
+    rank = ring.rank_for(kv)
 
     def hop(carry, i):
         state, kv = carry
