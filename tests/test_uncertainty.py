@@ -221,6 +221,36 @@ def test_float32_keeps_the_digits_of_a_small_spread_and_of_a_rare_class():
             assert abs(float(naive[0]) / want - 1) > 0.1
 
 
+def test_float32_keeps_the_digits_of_what_is_left_below_one():
+    """1 - mean would lose four of them."""
+    for left in (1e-4, 1e-6):
+        rest = left / 5 + np.random.default_rng(0).exponential(left, (50, 20, 1))
+        p = np.concatenate([1 - rest, rest], -1).astype(np.float32)
+        q = 1 - p[..., :1].astype(np.float64)
+        mu = q.mean(0)
+        gap = lambda q: (q.mean(0) * curved(q / q.mean(0) - 1).mean(0))[:, 0]  # noqa: E731
+        first, total = 1 - q, -(mu * np.log(mu) + (1 - mu) * np.log1p(-mu))[:, 0]
+        found = {kind: jax.jit(un.labelwise, static_argnums=1)(p, kind) for kind in KINDS}
+        for got, want in (
+            (jax.jit(un.one_vs_all_mi)(p), gap(first) + gap(q)),
+            (found["entropy"].total, total),
+            (found["variance"].total, (mu * (1 - mu))[:, 0]),
+            (found["variance"].aleatoric, (q * first).mean(0)[:, 0]),
+        ):
+            np.testing.assert_allclose(got[:, 0], want, 1e-5, 0)
+        maxprob = jax.jit(lambda p: un.critical_scores(p, (0,), (1,))["maxprob"])(p)
+        np.testing.assert_allclose(maxprob, mu[:, 0], 1e-5, 0)
+
+
+KINDS = ("variance", "entropy")
+
+
+def curved(u):
+    """(1 + u) log(1 + u) - u."""
+    small = u**2 / 2 - u**3 / 6 + u**4 / 12
+    return np.where(abs(u) < 1e-3, small, (1 + u) * np.log1p(u) - u)
+
+
 def test_third_order_is_negative_for_a_rare_class():
     """Beta posterior of a rare class: the series is no score."""
     p = np.random.default_rng(0).beta(0.02, 5, (4000, 1))
