@@ -105,6 +105,8 @@ def test_swag_is_its_definition():
         ({"source": Shipped(label_noise=2.0)}, "source.label_noise=2.0"),
         ({"source": Shipped(leave_out=(12,))}, "source.leave_out"),
         ({"evaluators": (Uncertainty(critical=(9,)),)}, "critical=\\(9,\\)"),
+        ({"evaluators": (Uncertainty(critical=(2, 2)),)}, "critical=\\(2, 2\\)"),
+        ({"evaluators": (Uncertainty(critical=(0, 1, 2, 3)),)}, "critical=\\(0, 1, 2, 3\\)"),
         ({"evaluators": (Uncertainty(coverage=0.0),)}, "coverage=0.0"),
         ({"evaluators": (Uncertainty(Members()),)}, "needs a model with members"),
         ({"evaluators": (Uncertainty(Swag(every=0)),)}, "every=0"),

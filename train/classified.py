@@ -41,10 +41,11 @@ class Uncertainty:
         if jax.process_count() > 1:
             raise ValueError("evaluator Uncertainty runs in one process")
         bad = set(self.critical) - set(range(classes))
-        if bad or len(set(self.critical)) in (*range(bool(self.critical)), classes):
+        twice = len(set(self.critical)) < len(self.critical)
+        if bad or twice or len(self.critical) == classes:
             raise ValueError(
                 f"evaluator Uncertainty: critical={self.critical} must be some, not all, of the classes "
-                f"below {classes}"
+                f"below {classes}, each once"
             )
         if not 0 < self.coverage <= 1:
             raise ValueError(f"evaluator Uncertainty: coverage={self.coverage} must be in (0, 1]")
