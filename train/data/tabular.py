@@ -33,8 +33,9 @@ class Shipped:
 
     Each is a function of its step. The held-out part is cut from every original class in proportion,
     by `split_seed` alone. Measurements are standardised by the mean and deviation of the training
-    part, as it is before `keep` cuts it. Label noise is of the training part only, a shift of the held-out one only. The split "ood"
-    is the classes of `leave_out`, whole, or where there are none the held-out rows, each permuted.
+    part, as it is before `keep` cuts it. Label noise is of the training part only, a shift of the held-out
+    one only. The split "ood" is the classes of `leave_out`, whole, or where there are none the held-out
+    rows, each permuted.
     """
 
     name: Annotated[Literal["digits", "breast_cancer", "wine"], "the data set"] = "digits"
