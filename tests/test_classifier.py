@@ -15,7 +15,7 @@ from models.classifier import EnsembleConfig, MLPConfig
 from models.decoder import DecoderConfig
 from models.vittt import ViTTTConfig
 from train import trainer
-from train.classified import Uncertainty
+from train.classified import Uncertainty, rates
 from train.data.tabular import SIZES, Shipped, parts
 from train.evaluate import Scene
 from train.objectives import Classify
@@ -109,6 +109,7 @@ def test_swag_is_its_definition():
         ({"evaluators": (Uncertainty(critical=(2, 2)),)}, "critical=\\(2, 2\\)"),
         ({"evaluators": (Uncertainty(critical=(0, 1, 2, 3)),)}, "critical=\\(0, 1, 2, 3\\)"),
         ({"evaluators": (Uncertainty(coverage=0.0),)}, "coverage=0.0"),
+        ({"evaluators": (Uncertainty(),) * 2}, "two of Uncertainty"),
         ({"evaluators": (Uncertainty(Members()),)}, "needs a model with members"),
         ({"evaluators": (Uncertainty(Swag(every=0)),)}, "every=0"),
         ({"evaluators": (Uncertainty(Laplace(prior_precision=0.0)),)}, "prior_precision=0.0"),
@@ -119,6 +120,13 @@ def test_swag_is_its_definition():
 def test_what_cannot_work_is_named(changes, message):
     with pytest.raises(ValueError, match=message):
         dataclasses.replace(digits(), **changes).check(1)
+
+
+def test_rates_of_no_critical_row_are_unknown():
+    """0 would read as perfect."""
+    y, score = np.array([0, 1, 1, 0]), np.arange(4.0, dtype=np.float32)
+    assert all(np.isnan(x) for x in rates(y, y, score, (2,), 0.5, 3).values())
+    assert float(rates(y, y, score, (1,), 0.5, 3)["deferred"]) == 0.5
 
 
 def sampled(samples, fitted, run, split):
