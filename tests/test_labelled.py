@@ -345,6 +345,8 @@ def test_what_cannot_be_read_is_named(make, cls, message, tmp_path):
     "source, message",
     [
         (Images(), "source.files=.. must name"),
+        (Table(files=("x",), features=2, columns=("a", "label")), "source.columns=.*source.label"),
+        (Table(files=("x",), features=2, columns=("a", "a")), "source.columns=.*different"),
         (Images(files=("",)), "source.files=.'.. must name"),
         (Images(files=("a",), classes=1), "source.classes=1"),
         (Images(files=("a",), held_out=1.0), "source.held_out=1.0"),

@@ -111,6 +111,7 @@ def test_a_float64_threshold_neither_widens_nor_shifts_the_comparison():
     positive = np.repeat([1, 0, 1], [1, 1, 19])
     falling = np.r_[0.0, 1.0, 20:1:-1].astype(np.float32)
     p = np.random.default_rng(0).dirichlet([1, 2, 3], (4, 5)).astype(np.float32)
+    posterior = un.lowrank_vi_init(jax.random.key(0), 3, 2, 1)
     with jax.enable_x64(True):
         for number in (float, np.float64, jnp.asarray):
             assert float(un.coverage_at_risk(score, error, number(0.1))) == 1
@@ -123,6 +124,7 @@ def test_a_float64_threshold_neither_widens_nor_shifts_the_comparison():
                 un.cbec(p, (0,), (1,), form="reference", eps=eps),
                 un.epistemic_confusion_matrix(p, form="reference", eps=eps),
                 un.conformal_threshold(score, error, number(0.1), bound=number(1.0)),
+                un.lowrank_vi_kl(posterior, prior_std=number(0.5)),
             ):
                 assert x.dtype == jnp.float32
 

@@ -76,9 +76,9 @@ def cbec(
     """
     check_choice("form", form, *FORMS)
     p = as_probabilities(p, from_logits)
-    eps = check_eps(eps, p.dtype)
+    added = check_eps(eps, p.dtype)
     safe, critical = class_groups(safe, critical, p.shape[-1])
-    terms = pair_terms(center(p), safe, critical, form, eps)
+    terms = pair_terms(center(p), safe, critical, form, added)
     if weights is None:
         return jnp.sum(terms, (-2, -1))
     weights = real("weights", weights)
@@ -102,11 +102,11 @@ def epistemic_confusion_matrix(
     """
     check_choice("form", form, *FORMS)
     p = as_probabilities(p, from_logits)
-    eps = check_eps(eps, p.dtype)
+    added = check_eps(eps, p.dtype)
     if not p.size:
         raise ValueError(f"p={p.shape} must hold at least 1 distribution: the mean is over them")
     classes = tuple(range(p.shape[-1]))
-    terms = pair_terms(center(p), classes, classes, form, eps)
+    terms = pair_terms(center(p), classes, classes, form, added)
     return jnp.mean(terms, tuple(range(terms.ndim - 2))) * (
         1 - jnp.eye(len(classes), dtype=p.dtype)
     )

@@ -40,14 +40,14 @@ def contributions(
     """
     check_choice("method", method, *TAYLOR, "exact")
     p = as_probabilities(p, from_logits)
-    eps = check_eps(eps, p.dtype)
+    added = check_eps(eps, p.dtype)
     check_count("ddof", ddof, 0, p.shape[0] - 1)
     centered = center(p)
     if method == "exact":
         return jensen_gap(*centered)
     _, mean, dev = centered
     # Powers of dev / mu instead of quotients of powers: those of small numbers underflow.
-    scaled = ratio(dev, mean + eps)
+    scaled = ratio(dev, mean + added)
     parts = [jnp.mean(dev * scaled**n, 0) for n in range(1, TAYLOR.index(method) + 2)]
     return _series([parts[0] * (p.shape[0] / (p.shape[0] - ddof)), *parts[1:]])
 
@@ -110,14 +110,14 @@ def signed_skewness_ratio(
     ValueError for eps < 0 and shapes that do not broadcast.
     """
     mu, var, m3 = real("mu", mu), real("var", var), real("m3", m3)
-    eps = check_eps(eps, jnp.result_type(mu, var, m3))
+    added = check_eps(eps, jnp.result_type(mu, var, m3))
     try:
         jnp.broadcast_shapes(mu.shape, var.shape, m3.shape)
     except ValueError:
         raise ValueError(
             f"mu={mu.shape}, var={var.shape}, m3={m3.shape} must be of one shape"
         ) from None
-    return ratio(ratio(m3, var + eps), 3 * (mu + eps))
+    return ratio(ratio(m3, var + added), 3 * (mu + added))
 
 
 def skewness_ratio(
