@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import shutil
+import zlib
 
 import jax
 import numpy as np
@@ -187,6 +188,17 @@ def test_rows_of_numbers_are_standardised_by_the_training_part(kind, tmp_path):
     np.testing.assert_allclose(found, want, atol=1e-5)
 
 
+def test_large_numbers_keep_their_differences(tmp_path):
+    """float32 has one number every 2^26 at 1e15, and none above 3e38."""
+    file, x = tmp_path / "x.parquet", np.arange(4)
+    pq.write_table(pa.table({"a": 10**15 + x, "b": x * 1e100, "label": [0, 1, 0, 1]}), file)
+    source = Table(files=(str(file),), valid_files=(str(file),), classes=2, features=2)
+    found = source.make(4, seed=0, split="valid").batch_at(0)["features"]
+    assert found.dtype == np.float32
+    want = (x - 1.5) / x.std()
+    np.testing.assert_allclose(found, np.stack([want, want], 1), atol=1e-6)
+
+
 def test_columns_are_chosen_and_ordered(tmp_path):
     file = tmp_path / "x.parquet"
     pq.write_table(pa.table({"a": [1.0, 2, 3, 4], "b": [5, 6, 7, 9], "name": list("uvwx"),
@@ -253,6 +265,34 @@ def broken(folder):
     return (str(folder),)
 
 
+def twice(folder):
+    table = pa.Table.from_arrays(
+        [pa.array([1.0, 2]), pa.array([3.0, 4]), pa.array([0, 1])], ["a", "a", "label"]
+    )
+    pq.write_table(table, folder / "x.parquet")
+    return (str(folder / "x.parquet"),)
+
+
+def named(name, content):
+    def make(folder):
+        for kind in "ab":
+            (folder / kind).mkdir()
+            for i in range(2):
+                (folder / kind / f"{i}.{name}").write_bytes(content)
+        return (str(folder),)
+
+    return make
+
+
+def huge():
+    """The header of a PNG of 14000 x 14000 pixels."""
+    raw = bytearray(png(pixels()[0]))
+    raw[16:24] = (14000).to_bytes(4, "big") * 2
+    raw[29:33] = zlib.crc32(bytes(raw[12:29])).to_bytes(4, "big")
+    return bytes(raw)
+
+
+bomb, header = named("png", huge()), named("ppm", b"P6\nx y\n255\n")
 ONE = png(pixels()[0])
 CASES = {
     "nothing": (lambda folder: (str(folder / "no"),), Images, "source.files: nothing matches"),
@@ -278,6 +318,13 @@ CASES = {
     "numbers": (parquet(a=[1.0] * 4, b=[2] * 4, label=[0, 1, 0, 1]), Table, "has 2 numbers beside its label: "
                 "use source.features=2"),
     "gap": (parquet(a=[1.0, None, 2, 3], label=[0, 1, 0, 1]), Table, "must be finite numbers"),
+    "empty": (parquet(a=pa.array([], "float64"), label=pa.array([], "int64")), Table, "there is no example"),
+    "one class": (parquet(a=[1.0, 2.0], label=["x", "x"]), Table, "one class, 'x'"),
+    "columns": (lambda folder: twice(folder), Table, "x.parquet: there are 2 columns 'a'"),
+    "same file": (lambda folder: parquet(a=[1.0] * 4, label=[0, 1, 0, 1])(folder) * 2, Table,
+                  "name .*x.parquet:0 twice"),
+    "bomb": (bomb, Images, "a/0.png: not an image that can be read: .*limit"),
+    "header": (header, Images, "a/0.ppm: not an image that can be read"),
     "lists": (parquet(a=[[1.0], [1.0, 2.0]], label=[0, 1]), Table, "lists of one length"),
 }  # fmt: skip
 
@@ -298,6 +345,8 @@ def test_what_cannot_be_read_is_named(make, cls, message, tmp_path):
     "source, message",
     [
         (Images(), "source.files=.. must name"),
+        (Table(files=("x",), features=2, columns=("a", "label")), "source.columns=.*source.label"),
+        (Table(files=("x",), features=2, columns=("a", "a")), "source.columns=.*different"),
         (Images(files=("",)), "source.files=.'.. must name"),
         (Images(files=("a",), classes=1), "source.classes=1"),
         (Images(files=("a",), held_out=1.0), "source.held_out=1.0"),

@@ -15,14 +15,14 @@ from jaxlab import uncertainty as un
 from models.decoder import Block, DecoderConfig
 from train import trainer
 from train.cli import main
-from train.data.text import Text
+from train.data.text import Text, load_tokenizer
 from train.evaluate import Scene
 from train.objectives import NextToken
 from train.optimizer import Optimizer
 from train.posterior import Dropout, Laplace, Runs, Swag
 from train.run import Run
 from train.state import init_params
-from train.tokens import Tokens
+from train.tokens import Tokens, names_of
 
 # Most of the time of this file is compilation.
 FAST = {"xla_backend_optimization_level": 0}
@@ -200,6 +200,12 @@ def test_masks_change_by_step_in_training_only():
     assert held_out(first) == held_out(second)
 
 
+def test_tokens_that_look_alike_keep_their_own_names():
+    """The two bytes of one character show as the same sign."""
+    tokens = tuple("é1".encode())
+    assert names_of(load_tokenizer("bytes"), tokens) == [r"\ufffd#195", r"\ufffd#169", "1"]
+
+
 SWAG = pytest.param(Swag(3, steps=4, every=2, rank=2), marks=pytest.mark.slow)
 
 
@@ -232,7 +238,16 @@ def test_the_evaluator_reports_what_whole_arrays_give(posterior, tmp_path):
     }  # fmt: skip
     for name, x in want.items():
         np.testing.assert_allclose(values[f"uncertainty/{name}"], x, 1e-3, 1e-6, err_msg=name)
-    assert 0 <= values["uncertainty/critical_fnr/missed_critical_mass"] <= 1
+    at = [ord(c) for c in "ae"]
+    critical, said = np.isin(y, at), np.isin(mean.argmax(-1), at)
+    score = np.where(said, 0, mean[:, at].sum(-1))
+    kept = np.argsort(score, kind="stable")[: int(np.ceil(0.8 * len(y)))]
+    fnr = 1 - said[kept][critical[kept]].mean()
+    deferred = 1 - critical[kept].sum() / critical.sum()
+    assert 0 < deferred < 1
+    for name, x in (("fnr", fnr), ("deferred", deferred)):  # rounding may swap two of the order
+        found = values[f"uncertainty/critical_{name}/missed_critical_mass"]
+        assert abs(found - x) <= 1.01 / critical.sum(), name
     page = (tmp_path / "uncertainty" / "tokens.md").read_text()
     assert page.count("\n|") == 14 and "uncertain about" in page
 

@@ -105,6 +105,30 @@ def test_selective_curve_and_ausc_are_the_loop(programs, seed):
         close(got, np.trapezoid([getattr(x, metric) for x in want], grid), err_msg=metric)
 
 
+def test_a_float64_threshold_neither_widens_nor_shifts_the_comparison():
+    """np.float64(0.1) is below the float32 of 3 / 30, though 3 errors of 30 are a risk of 0.1."""
+    score, error = np.arange(30, dtype=np.float32), np.repeat([0, 1], [27, 3])
+    positive = np.repeat([1, 0, 1], [1, 1, 19])
+    falling = np.r_[0.0, 1.0, 20:1:-1].astype(np.float32)
+    p = np.random.default_rng(0).dirichlet([1, 2, 3], (4, 5)).astype(np.float32)
+    posterior = un.lowrank_vi_init(jax.random.key(0), 3, 2, 1)
+    with jax.enable_x64(True):
+        for number in (float, np.float64, jnp.asarray):
+            assert float(un.coverage_at_risk(score, error, number(0.1))) == 1
+            assert float(un.fpr_at_tpr(falling, positive, number(0.95))) == 0
+            eps, m = number(1e-10), un.moments(p)
+            for x in (
+                un.contributions(p, eps=eps),
+                un.contributions_from_moments(m, eps=eps),
+                un.skewness_ratio(*m[:3], eps=eps),
+                un.cbec(p, (0,), (1,), form="reference", eps=eps),
+                un.epistemic_confusion_matrix(p, form="reference", eps=eps),
+                un.conformal_threshold(score, error, number(0.1), bound=number(1.0)),
+                un.lowrank_vi_kl(posterior, prior_std=number(0.5)),
+            ):
+                assert x.dtype == jnp.float32
+
+
 def test_kept_sizes_do_not_round_up_past_an_integer():
     """c N in float32 is 7.0000005 for 0.07 x 100, 29.000002 for 0.29 x 100."""
     n = 100

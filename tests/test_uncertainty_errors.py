@@ -116,7 +116,17 @@ ERRORS = {
     "coverage nan": (lambda: curve(Y, YHAT, SCORE, (2,), (np.nan,)), ValueError, "coverages="),
     "coverage traced": (
         lambda: jax.jit(lambda c: curve(Y, YHAT, SCORE, (2,), c))(np.ones(2)), TypeError, "coverages.*static"),
-    "one coverage": (lambda: un.risk_at_coverage(SCORE, ERROR, 0.0), ValueError, "coverages="),
+    "one coverage": (lambda: un.risk_at_coverage(SCORE, ERROR, 1.5), ValueError, "^coverage=.*1.5"),
+    "one coverage traced": (
+        lambda: jax.jit(lambda c: un.risk_at_coverage(SCORE, ERROR, c))(0.5), TypeError, "^coverage.*static"),
+    "bootstrap scalar": (
+        lambda: un.bootstrap(np.array([[1]]), jnp.sum, 1.0), ValueError, "arrays must have samples"),
+    "list of keys": (
+        lambda: un.mc_predict(lambda p, x, k: x, 0, P[0], [KEY, KEY]), ValueError, "keys=.*split"),
+    "vmapped state": (
+        lambda: un.moments_finish(
+            jax.vmap(lambda _: un.moments_init((5,), 4))(np.ones(2)), ddof=1
+        ), ValueError, r"state.count=\(2,\).*vmap moments_finish"),
     "label": (lambda: curve(Y + 1, YHAT, SCORE, (2,), (1.0,)), ValueError, "y must be labels.*below 4.*4"),
     "negative label": (lambda: un.ausc(Y, YHAT - 1, SCORE, (2,)), ValueError, "yhat must be labels"),
     "float label": (lambda: un.ausc(Y * 1.0, YHAT, SCORE, (2,)), TypeError, "y has dtype float"),

@@ -6,6 +6,7 @@ import sys
 from typing import Annotated, Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxlab import uncertainty as un
@@ -40,11 +41,17 @@ class Uncertainty:
             raise ValueError("evaluator Uncertainty needs a classifier: the model has no classes")
         if jax.process_count() > 1:
             raise ValueError("evaluator Uncertainty runs in one process")
+        if sum(isinstance(e, Uncertainty) for e in run.evaluators) > 1:
+            raise ValueError(
+                "evaluators: two of Uncertainty would write the same figures; set the posterior of one, "
+                "and evaluate again for another"
+            )
         bad = set(self.critical) - set(range(classes))
-        if bad or len(set(self.critical)) in (*range(bool(self.critical)), classes):
+        twice = len(set(self.critical)) < len(self.critical)
+        if bad or twice or len(self.critical) == classes:
             raise ValueError(
                 f"evaluator Uncertainty: critical={self.critical} must be some, not all, of the classes "
-                f"below {classes}"
+                f"below {classes}, each once"
             )
         if not 0 < self.coverage <= 1:
             raise ValueError(f"evaluator Uncertainty: coverage={self.coverage} must be in (0, 1]")
@@ -122,13 +129,15 @@ def areas(score, wrong) -> dict[str, Any]:
 
 @functools.partial(jax.jit, static_argnums=(3, 4, 5))
 def rates(y, yhat, score, critical, coverage: float, classes: int) -> dict[str, Any]:
-    """What deferring by a score does for the critical classes, by name."""
+    """What deferring by a score does for the critical classes, by name; NaN where no row is critical."""
+    some = jnp.any(jnp.isin(y, jnp.asarray(critical)))
     curve = un.selective_curve(y, yhat, score, critical, (coverage,), num_classes=classes)
-    return {
+    found = {
         "ausc": un.ausc(y, yhat, score, critical),
         "fnr": curve.critical_fnr[0],
         "deferred": curve.deferred_critical[0],
     }
+    return {name: jnp.where(some, x, jnp.nan) for name, x in found.items()}
 
 
 @jax.jit

@@ -89,9 +89,8 @@ class Tokens:
             u = jax.tree.map(lambda *x: np.concatenate(x), *parts)
             text = {k: np.concatenate([t[k] for t in texts]) for k in ("tokens", "targets")}
             values = figures(u, text["targets"], critical, self.coverage)
-            names = {i: show(tokenizer, [i]) for i in critical}
-            for j, i in enumerate(critical):
-                values[f"token/{names[i]}/c"] = u.c[text["targets"] >= 0][:, j].mean()
+            for j, name in enumerate(names_of(tokenizer, critical)):
+                values[f"token/{name}/c"] = u.c[text["targets"] >= 0][:, j].mean()
             if scene.folder is not None:
                 page = places(u, text, tokenizer, step, type(self.posterior).__name__)
                 write(scene.folder / "uncertainty", page)
@@ -149,6 +148,12 @@ def places(u: un.TokenUncertainty, text, tokenizer, step: int, posterior: str, c
         lines.append(f"| {u.mi[b, t]:.4f} | {u.entropy[b, t]:.4f} | `{before}` | "
                      + " | ".join(f"`{c}`" for c in cells) + " |")  # fmt: skip
     return "\n".join([*lines, ""])
+
+
+def names_of(tokenizer: Any, tokens: tuple[int, ...]) -> list[str]:
+    """What `show` says of each token, with its number where others look alike, as parts of a character."""
+    shown = [show(tokenizer, [i]) for i in tokens]
+    return [x if shown.count(x) == 1 else f"{x}#{i}" for x, i in zip(shown, tokens, strict=True)]
 
 
 def show(tokenizer: Any, ids) -> str:

@@ -124,9 +124,10 @@ def check_number(name: str, value, legal: str, test) -> None:
         raise ValueError(f"{name}={value!r} must be {legal}")
 
 
-def check_eps(eps) -> None:
-    """ValueError for a negative or infinite `eps`."""
+def check_eps(eps, dtype) -> jax.Array:
+    """`eps` in `dtype`: a float64 would widen all results. ValueError for a negative or infinite one."""
     check_number("eps", eps, "finite and at least 0", lambda x: 0 <= x < math.inf)
+    return jnp.asarray(eps, dtype)
 
 
 def check_labels(name: str, y, num_classes: int | None, size: int | None = None) -> jax.Array:
@@ -165,7 +166,7 @@ def check_binary(name: str, x, size: int) -> jax.Array:
 
 def check_coverages(name: str, coverages) -> np.ndarray:
     """Static coverages in (0, 1], float64 [n]."""
-    if isinstance(coverages, Tracer):
+    if any(isinstance(x, Tracer) for x in jax.tree.leaves(coverages)):
         raise TypeError(f"{name} must be static numbers, not traced ones")
     try:
         values = np.asarray(coverages, np.float64)

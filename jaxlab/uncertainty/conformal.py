@@ -47,8 +47,9 @@ def conformal_threshold(
     order = jnp.argsort(score, stable=True)
     spent = jnp.cumsum(jnp.where(taken, loss, 0)[order])
     n = jnp.sum(taken).astype(score.dtype)
+    most, worst = (jnp.asarray(x, score.dtype) for x in (alpha, bound))
     # alpha (n + 1) is rounded: without slack 0.1 * 20 may fail to pay for 2.
-    budget = alpha * (n + 1) * (1 + 4 * jnp.finfo(score.dtype).eps) - bound
+    budget = most * (n + 1) * (1 + 4 * jnp.finfo(score.dtype).eps) - worst
     # Spending grows with the order, so the first score over budget is the least one that is deferred;
     # scores that tie with it are deferred too.
     over = jnp.min(jnp.where(spent > budget, score[order], jnp.inf))

@@ -42,7 +42,7 @@ def _products(x: jax.Array, y: jax.Array | None = None) -> jax.Array:
 
 
 def pair_terms(
-    c: Centered, rows: Classes, columns: Classes, form: str = "fisher", eps: float = 0.0
+    c: Centered, rows: Classes, columns: Classes, form: str = "fisher", eps: float | jax.Array = 0.0
 ) -> jax.Array:
     """sqrt(C_i C_j) max(0, -r_ij) for i of `rows` and j of `columns`, [..., rows, columns]."""
     i, j = jnp.asarray(rows), jnp.asarray(columns)
@@ -75,10 +75,10 @@ def cbec(
     another shape or not finite, an unknown form, eps < 0.
     """
     check_choice("form", form, *FORMS)
-    check_eps(eps)
     p = as_probabilities(p, from_logits)
+    added = check_eps(eps, p.dtype)
     safe, critical = class_groups(safe, critical, p.shape[-1])
-    terms = pair_terms(center(p), safe, critical, form, eps)
+    terms = pair_terms(center(p), safe, critical, form, added)
     if weights is None:
         return jnp.sum(terms, (-2, -1))
     weights = real("weights", weights)
@@ -101,12 +101,12 @@ def epistemic_confusion_matrix(
     ValueError as in `cbec`, and for a batch of nothing.
     """
     check_choice("form", form, *FORMS)
-    check_eps(eps)
     p = as_probabilities(p, from_logits)
+    added = check_eps(eps, p.dtype)
     if not p.size:
         raise ValueError(f"p={p.shape} must hold at least 1 distribution: the mean is over them")
     classes = tuple(range(p.shape[-1]))
-    terms = pair_terms(center(p), classes, classes, form, eps)
+    terms = pair_terms(center(p), classes, classes, form, added)
     return jnp.mean(terms, tuple(range(terms.ndim - 2))) * (
         1 - jnp.eye(len(classes), dtype=p.dtype)
     )

@@ -39,15 +39,15 @@ def contributions(
     ValueError for p as in `moments`, an unknown method, eps < 0 and ddof outside [0, S).
     """
     check_choice("method", method, *TAYLOR, "exact")
-    check_eps(eps)
     p = as_probabilities(p, from_logits)
+    added = check_eps(eps, p.dtype)
     check_count("ddof", ddof, 0, p.shape[0] - 1)
     centered = center(p)
     if method == "exact":
         return jensen_gap(*centered)
     _, mean, dev = centered
     # Powers of dev / mu instead of quotients of powers: those of small numbers underflow.
-    scaled = ratio(dev, mean + eps)
+    scaled = ratio(dev, mean + added)
     parts = [jnp.mean(dev * scaled**n, 0) for n in range(1, TAYLOR.index(method) + 2)]
     return _series([parts[0] * (p.shape[0] / (p.shape[0] - ddof)), *parts[1:]])
 
@@ -57,10 +57,10 @@ def contributions_from_moments(
 ) -> Float[Array, "*b k"]:
     """The Taylor forms of `contributions` from moments [..., K]; ValueError as there."""
     check_choice("method", method, *TAYLOR)
-    check_eps(eps)
     check_type("m", m, Moments)
     order = TAYLOR.index(method) + 1
-    below = real("m.mean", m.mean) + eps
+    mean = real("m.mean", m.mean)
+    below = mean + check_eps(eps, mean.dtype)
     parts = []
     for n, part in enumerate((m.var, m.m3, m.m4)[:order], 1):
         for _ in range(n):
@@ -109,15 +109,15 @@ def signed_skewness_ratio(
 
     ValueError for eps < 0 and shapes that do not broadcast.
     """
-    check_eps(eps)
     mu, var, m3 = real("mu", mu), real("var", var), real("m3", m3)
+    added = check_eps(eps, jnp.result_type(mu, var, m3))
     try:
         jnp.broadcast_shapes(mu.shape, var.shape, m3.shape)
     except ValueError:
         raise ValueError(
             f"mu={mu.shape}, var={var.shape}, m3={m3.shape} must be of one shape"
         ) from None
-    return ratio(ratio(m3, var + eps), 3 * (mu + eps))
+    return ratio(ratio(m3, var + added), 3 * (mu + added))
 
 
 def skewness_ratio(
@@ -137,4 +137,5 @@ def skewness_ratio(
 def reliable_mask(rho: Float[Array, "*b k"], threshold: float = 0.3) -> Bool[Array, "*b k"]:
     """Where rho < threshold: C may be read as D. 0.3 is the paper's. ValueError for a negative threshold."""
     check_number("threshold", threshold, "at least 0", lambda x: x >= 0)
-    return real("rho", rho) < threshold
+    rho = real("rho", rho)
+    return rho < jnp.asarray(threshold, rho.dtype)

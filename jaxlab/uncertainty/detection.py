@@ -44,7 +44,7 @@ def fpr_at_tpr(
     check_number("tpr", tpr, "above 0 and at most 1", lambda x: 0 < x <= 1)
     positive, _, (tp, fp), dtype = _thresholds(score, positive)
     n, positives = positive.shape[0], jnp.sum(positive)
-    reached = tp.astype(dtype) / positives.astype(dtype) >= tpr
+    reached = tp.astype(dtype) / positives.astype(dtype) >= jnp.asarray(tpr, dtype)
     fewest = jnp.min(jnp.where(reached, fp, n)).astype(dtype)
     return jnp.where(positives > 0, fewest / (n - positives).astype(dtype), jnp.nan)
 

@@ -46,21 +46,27 @@ def dirichlet_uncertainty(alpha: Float[Array, "*b k"]) -> DirichletUncertainty:
         mean,
         mean * rest / (total + 1),
         rest / (2 * (total + 1)),
-        mean * (others / (2 * (alpha + SHIFT) * (total + SHIFT)) + _rest(alpha) - _rest(total)),
+        mean * _gap(alpha, others),
         2 * jnp.abs(others - alpha) / (3 * alpha * (total + 2)),
         pairs * (1 - jnp.eye(k, dtype=alpha.dtype)),
     )
 
 
-def _rest(x: jax.Array) -> jax.Array:
-    """psi(x + 1) - log x less its leading term 1 / (2 (x + SHIFT)), without cancellation.
+def _gap(a: jax.Array, delta: jax.Array) -> jax.Array:
+    """h(a) - h(a + delta) of h(x) = psi(x + 1) - log x, as a sum without cancellation.
 
-    Steps up to a large argument add log(1 + 1/x) - 1 / (x + 1) = phi(1 + 1/x) / (1 + 1/x) > 0.
+    Both steps up to a large argument and what is left there are differences in closed form.
     """
-    at = x[..., None] + jnp.arange(SHIFT, dtype=x.dtype)
-    steps = jnp.sum(curvature(1 / at) / (2 * at * (at + 1)), -1)
-    y = x + SHIFT
-    series = jnp.zeros_like(x)
-    for b in reversed(BERNOULLI):
-        series = (series + b) / (y * y)
-    return steps - series
+    at, step = a[..., None] + jnp.arange(SHIFT, dtype=a.dtype), delta[..., None]
+    above = at + step
+    # h(at) - h(at + 1) = log(1 + 1 / at) - 1 / (at + 1): its difference is of two terms above 0.
+    x = step / (at * (above + 1))
+    bend = curvature(x) * x * (x / (1 + x)) / 2
+    steps = jnp.sum(bend + step / ((at + 1) * above * (above + 1)), -1)
+    y, z = a + SHIFT, a + delta + SHIFT
+    q, r = 1 / (y * y), 1 / (z * z)
+    series = slope = jnp.zeros_like(a)
+    for b in reversed(BERNOULLI):  # sum b_n (q^n - r^n) = (q - r) slope
+        slope = q * slope + series + b
+        series = (series + b) * r
+    return delta / (2 * y * z) + steps - delta * (y + z) * q * r * slope

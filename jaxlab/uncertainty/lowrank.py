@@ -54,9 +54,10 @@ def lowrank_vi_sample(key: Key[Array, ""], post: LowRankPosterior) -> Float[Arra
 def lowrank_vi_kl(post: LowRankPosterior, *, prior_std: float = 1.0) -> Float[Array, ""]:
     """KL in nats from the posterior of the factors to N(0, prior_std^2); ValueError for prior_std <= 0."""
     check_number("prior_std", prior_std, "finite and above 0", lambda x: 0 < x < float("inf"))
+    prior = jnp.asarray(prior_std, post.a_mean.dtype)
 
     def kl(mean, rho):
-        std = jax.nn.softplus(rho) / prior_std
-        return jnp.sum((std**2 + (mean / prior_std) ** 2 - 1) / 2 - jnp.log(std))
+        std = jax.nn.softplus(rho) / prior
+        return jnp.sum((std**2 + (mean / prior) ** 2 - 1) / 2 - jnp.log(std))
 
     return kl(post.a_mean, post.a_rho) + kl(post.b_mean, post.b_rho)

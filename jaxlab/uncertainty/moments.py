@@ -105,7 +105,11 @@ def moments_merge(a: MomentsState, b: MomentsState) -> MomentsState:
 def moments_finish(state: MomentsState, *, ddof: int = 0) -> Moments:
     """Moments of all samples of the stream; ValueError for fewer than 2, or ddof of them, if known."""
     check_type("state", state, MomentsState)
-    known = not isinstance(state.count, Tracer) and np.ndim(state.count) == 0
+    if np.ndim(state.count):
+        raise ValueError(
+            f"state.count={np.shape(state.count)} must be a scalar: jax.vmap moments_finish too"
+        )
+    known = not isinstance(state.count, Tracer)
     if known and state.count < 2:
         raise ValueError(
             f"the state holds {int(state.count)} samples; it must be at least 2: "

@@ -20,10 +20,9 @@ def mc_predict(
     ValueError for a single key and for none, and for a chunk below 1. Source: Gal and Ghahramani, 1506.02142.
     """
     typed = jnp.issubdtype(getattr(keys, "dtype", np.uint32), jax.dtypes.prng_key)
-    if np.ndim(keys) != (1 if typed else 2) or not np.shape(keys)[0]:
-        raise ValueError(
-            f"keys={np.shape(keys)} must be an array of keys: jax.random.split(key, S)"
-        )
+    shape: tuple[int, ...] = getattr(keys, "shape", ())  # () of a list, too
+    if len(shape) != (1 if typed else 2) or 0 in shape[:1]:
+        raise ValueError(f"keys={shape} must be an array of keys: jax.random.split(key, S)")
     return _each(lambda key: _probabilities(apply(params, x, key)), keys, chunk)
 
 

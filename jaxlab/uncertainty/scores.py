@@ -55,11 +55,21 @@ def labelwise(
     """
     check_choice("kind", kind, "variance", "entropy")
     c = center(as_probabilities(p, from_logits))
+    rest = center(1 - c.p)
     if kind == "entropy":
-        binary = lambda x: -xlogx(x) - xlogx(1 - x)  # noqa: E731
-        return Labelwise(binary(c.mean), jnp.mean(binary(c.p), 0), _one_vs_all(c))
-    spread = lambda x: x * (1 - x)  # noqa: E731
-    return Labelwise(spread(c.mean), jnp.mean(spread(c.p), 0), jnp.mean(c.dev**2, 0))
+        total, aleatoric = _binary(c.mean, rest.mean), jnp.mean(_binary(c.p, rest.p), 0)
+        return Labelwise(total, aleatoric, _one_vs_all(c))
+    return Labelwise(c.mean * rest.mean, jnp.mean(c.p * rest.p, 0), jnp.mean(c.dev**2, 0))
+
+
+def _binary(x: jax.Array, rest: jax.Array) -> jax.Array:
+    """Entropy of (x, rest) that sum to 1: the log of the larger is taken from the smaller."""
+
+    def term(x, rest):
+        large = rest < 0.5
+        return jnp.where(large, x * jnp.log1p(-jnp.where(large, rest, 0)), xlogx(x))
+
+    return -term(x, rest) - term(rest, x)
 
 
 def one_vs_all_mi(p: Float[Array, "s *b k"], *, from_logits: bool = False) -> Float[Array, "*b k"]:
@@ -68,7 +78,8 @@ def one_vs_all_mi(p: Float[Array, "s *b k"], *, from_logits: bool = False) -> Fl
 
 
 def _one_vs_all(c: Centered) -> jax.Array:
-    return jensen_gap(*c) + jensen_gap(1 - c.p, 1 - c.mean, -c.dev)
+    # 1 - mean would be rounded where p is near 1; 1 - p is exact there.
+    return jensen_gap(*c) + jensen_gap(*center(1 - c.p))
 
 
 def missed_critical_mass(
@@ -110,7 +121,7 @@ def critical_scores(
     return {
         "entropy": -jnp.sum(xlogx(mean), -1),
         "mi": jnp.sum(d, -1),
-        "maxprob": 1 - jnp.max(mean, -1),
+        "maxprob": jnp.min(center(1 - p).mean, -1),
         "var_critical_max": jnp.max(var[..., pick], -1),
         "eu_var": jnp.sum(var, -1),
         "eu_var_critical": jnp.sum(var[..., pick], -1),

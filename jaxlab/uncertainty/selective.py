@@ -155,7 +155,7 @@ def coverage_at_risk(
     check_number("risk", risk, "from 0 to 1", lambda x: 0 <= x <= 1)
     errors, found = _risks(score, error)
     k = jnp.arange(1, errors.shape[0] + 1)
-    most = jnp.max(jnp.where(found <= risk, k, 0)).astype(found.dtype)
+    most = jnp.max(jnp.where(found <= jnp.asarray(risk, found.dtype), k, 0)).astype(found.dtype)
     return jnp.where(most > 0, most / errors.shape[0], jnp.nan)
 
 
@@ -167,7 +167,7 @@ def risk_at_coverage(
     ValueError as in `aurc`, and for the coverage.
     """
     errors, risk = _risks(score, error)
-    return risk[kept_sizes(errors.shape[0], (coverage,))[0] - 1]
+    return risk[kept_sizes(errors.shape[0], (coverage,), "coverage")[0] - 1]
 
 
 def bootstrap_indices(key: Key[Array, ""], num: int, n: int) -> Int[Array, "num n"]:
@@ -186,14 +186,16 @@ def bootstrap(indices: Int[Array, "num n"], fn: Callable, *arrays):
         raise ValueError(f"indices={indices.shape} {indices.dtype} must be integers [num, n]")
     arrays = tuple(jnp.asarray(a) for a in arrays)
     for a in arrays:
+        if not a.ndim:
+            raise ValueError("arrays must have samples on their first axis; one is a scalar")
         good = (indices >= 0) & (indices < a.shape[0])
         check_values(good, f"indices must be at least 0 and below the length {a.shape[0]}", indices)
     return jax.vmap(lambda i: fn(*(a[i] for a in arrays)))(indices)
 
 
-def kept_sizes(n: int, coverages) -> np.ndarray:
+def kept_sizes(n: int, coverages, name: str = "coverages") -> np.ndarray:
     """max(1, ceil(c n - 1e-9)) in float64 on the host: in float32 c n may round up past an integer."""
-    values = check_coverages("coverages", coverages)
+    values = check_coverages(name, coverages)
     return np.maximum(1, np.ceil(values * n - 1e-9)).astype(np.int32)
 
 

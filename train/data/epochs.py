@@ -21,7 +21,8 @@ class Rows:
 
     `fetch(index, places)` reads the rows of an index; `places` are their (epoch, place in it), for noise
     that does not depend on the batch size. The training part is shuffled anew every epoch, and a batch
-    at its end goes on in the next; others keep their order.
+    at its end goes on in the next; others keep their order. A part smaller than a batch fills it by
+    repeating rows, of which some then count twice in the metrics of the objective.
     """
 
     def __init__(
@@ -34,7 +35,7 @@ class Rows:
     ):
         self.fetch, self.y, self.spec, self.train = fetch, y, spec, split == "train"
         self.name, self.size, self.batch = next(iter(spec)), len(y), spec["labels"].shape[0]
-        # Metrics of the objective are of whole batches that hold a row once.
+        # Metrics of the objective are of whole batches, which hold a row once where there are enough.
         whole, up = len(y) // self.batch, -(-len(y) // self.batch)
         self.num_batches = up if self.train else max(1, whole)
         self._order = functools.lru_cache(2)(

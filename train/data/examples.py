@@ -90,7 +90,10 @@ def _parquet(file: epath.Path, label: str, choose: Callable, images: bool) -> Fo
         names = table.schema_arrow.names
         chosen = list(choose(names))
         check_names(file, names, [label, *chosen])
-        read = table.read(columns=[label, *chosen])
+        try:
+            read = table.read(columns=[label, *chosen])
+        except (OSError, ValueError) as error:  # of Arrow, which does not know the file
+            raise ValueError(f"{file}: cannot be read: {error}") from error
     labels = read.column(label).to_pylist()
     where = lambda i: f"{file}:{i}"  # noqa: E731
     if images:
@@ -115,7 +118,10 @@ def _parquet(file: epath.Path, label: str, choose: Callable, images: bool) -> Fo
 
 
 def _numbers(values: Any, what: str) -> np.ndarray:
-    """[rows, values] float32 of a column of numbers, or of lists of as many numbers each."""
+    """[rows, values] of a column of numbers, or of lists of as many numbers each.
+
+    float32, or float64 where that would round them: a large mean would hide the differences.
+    """
     found = values
     if not isinstance(values, np.ndarray):
         try:
@@ -124,7 +130,8 @@ def _numbers(values: Any, what: str) -> np.ndarray:
             raise ValueError(f"{what} must hold lists of one length") from None
     if len(found) and found.dtype.kind not in "fiub":
         raise ValueError(f"{what} must hold numbers: name those that do in source.columns")
-    return found.reshape(len(values), -1).astype(np.float32)
+    wide = np.result_type(found.dtype, np.float32)
+    return found.reshape((len(values), -1) if len(values) else (0, 1)).astype(wide)
 
 
 def _array_record(file: epath.Path, label: str, choose: Callable, images: bool) -> Found:
@@ -161,6 +168,8 @@ def _array_record(file: epath.Path, label: str, choose: Callable, images: bool) 
 def check_names(where: Any, names: list[str], wanted: list[str]) -> None:
     """ValueError, with what there is, unless all that is wanted is among `names`."""
     for field, name in zip(["label", *["column"] * len(wanted)], wanted, strict=False):
+        if names.count(name) > 1:
+            raise ValueError(f"{where}: there are {names.count(name)} columns {name!r}")
         if name not in names:
             raise ValueError(f"{where}: no source.{field}={name!r}; it has {names}")
 
@@ -232,11 +241,11 @@ def decode_image(raw: Any, side: int, channels: int, where: str) -> np.ndarray:
     try:
         image = ImageOps.exif_transpose(Image.open(io.BytesIO(raw)))
         if image.mode.startswith(("I", "F")):
-            raise ValueError(f"{where}: pixels of mode {image.mode!r}; 8 bits a value are read")
+            raise OSError(f"pixels of mode {image.mode!r}; 8 bits a value are read")
         image = image.convert("L" if channels == 1 else "RGB")
     except UnidentifiedImageError:
         raise ValueError(f"{where}: not an image that can be read: no known format") from None
-    except (OSError, SyntaxError) as error:
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(f"{where}: not an image that can be read: {error}") from error
     if image.size != (side, side):
         least = min(image.size)

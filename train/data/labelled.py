@@ -22,7 +22,7 @@ class Labelled:
     from 0, or texts, whose order is the alphabet's.
     """
 
-    files: Annotated[tuple[str, ...], "paths, folders or globs of the training part"] = ()
+    files: Annotated[tuple[str, ...], "paths, folders, or globs of tables: the training part"] = ()
     valid_files: Annotated[tuple[str, ...], "those of the held-out part; (): a share of files"] = ()
     ood_files: Annotated[tuple[str, ...], "of strangers to detect, labels unused; (): none"] = ()
     label: Annotated[str, "column of labels of Parquet rows and ArrayRecord features"] = "label"
@@ -146,6 +146,10 @@ class Table(Labelled):
         super().check(mesh_sizes)
         if self.features < 1:
             raise ValueError(f"source.features={self.features} must be at least 1")
+        if len({*self.columns, self.label}) <= len(self.columns):
+            raise ValueError(
+                f"source.columns={list(self.columns)} must be different, without source.label={self.label!r}"
+            )
 
     def spec(self, batch: int) -> dict[str, jax.ShapeDtypeStruct]:
         """Names, shapes and types of a global batch."""
@@ -227,6 +231,10 @@ def _join(config: Labelled, split: str, names: tuple[str, ...] | None = None) ->
     field = f"source.{SPLITS[split]}"
     patterns = getattr(config, SPLITS[split])
     found = [f for pattern in patterns for f in config.find(pattern, field)]
+    starts = [f.where(0) for f in found if f.labels]
+    again = next((x for x in starts if starts.count(x) > 1), None)
+    if again:
+        raise ValueError(f"{field}={list(patterns)} name {again} twice")
     bounds = np.cumsum([0, *(len(f.labels) for f in found)])
     if not bounds[-1]:
         raise ValueError(f"{field}={list(patterns)}: there is no example in them")
@@ -251,6 +259,8 @@ def _join(config: Labelled, split: str, names: tuple[str, ...] | None = None) ->
         if isinstance(x, bool) or not isinstance(x, str if texts else int):
             kind = "a text, as others are" if texts else "an integer or a text"
             raise ValueError(f"{where(i)}: source.label={config.label!r} is {x!r}, not {kind}")
+    if len(texts) == 1:
+        raise ValueError(f"{field} has one class, {texts[0]!r}; a classifier needs at least two")
     if texts and len(texts) != config.classes:
         shown = ", ".join(texts[:8]) + (", ..." if len(texts) > 8 else "")
         raise ValueError(

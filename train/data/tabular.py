@@ -33,8 +33,9 @@ class Shipped:
 
     Each is a function of its step. The held-out part is cut from every original class in proportion,
     by `split_seed` alone. Measurements are standardised by the mean and deviation of the training
-    part. Label noise is of the training part only, a shift of the held-out one only. The split "ood"
-    is the classes of `leave_out`, whole, or where there are none the held-out rows, each permuted.
+    part, as it is before `keep` cuts it. Label noise is of the training part only, a shift of the held-out
+    one only. The split "ood" is the classes of `leave_out`, whole, or where there are none the held-out
+    rows, each permuted.
     """
 
     name: Annotated[Literal["digits", "breast_cancer", "wine"], "the data set"] = "digits"
@@ -80,6 +81,8 @@ class Shipped:
             raise ValueError(
                 f"source.leave_out={self.leave_out} must be classes below {size}, two fewer at most"
             )
+        if self.classes < 2:
+            raise ValueError(f"source.relabel={self.relabel} must leave at least two labels")
         if len(self.keep) not in (0, self.classes) or any(k < 1 for k in self.keep):
             raise ValueError(
                 f"source.keep={self.keep} must be {self.classes} numbers of at least 1, one a label"
