@@ -8,6 +8,7 @@ from contract_cases import _normal as normal
 from jaxlab import diffusion as d
 
 KEY, Z, X0 = jax.random.key(3), jnp.array([[0, 4, 2], [1, 1, 3]]), jnp.array([[0, 1, 2], [4, 1, 0]])
+WARM = jnp.float32(0.3)  # a number of the host above 0.02 is warned of
 unit = jax.nn.sigmoid
 
 
@@ -97,11 +98,11 @@ CASES = {
         lambda v, own: d.sparse_weights(v, own, own > v[..., 1], 0.5, 0.5, 9), _topk
     ),
     "sparse_from_draws": row(
-        lambda u, n: d.sparse_from_draws(unit(u), n, jnp.stack([X0, Z], -1), X0, 0.9, 0.4, 0.3, 9),
+        lambda u, n: d.sparse_from_draws(unit(u), n, jnp.stack([X0, Z], -1), X0, 0.9, 0.4, WARM, 9),
         lambda key, dtype: normal(key, dtype, (2, 3, 2), (2, 3)),
     ),
     "sparse_relaxation": row(
-        lambda x: d.sparse_relaxation(KEY, X0, unit(x), 0.4, 0.3, 2, 9), _number
+        lambda x: d.sparse_relaxation(KEY, X0, unit(x), 0.4, WARM, 2, 9), _number
     ),
     "dense_from_noise": row(lambda x: d.dense_from_noise(x, X0, 0.9, 0.4, 0.3), _logits),
     "dense_relaxation": row(lambda x: d.dense_relaxation(KEY, X0, unit(x), 0.4, 0.3, 5), _number),
