@@ -97,7 +97,7 @@ def main() -> None:
         ("problems", 96),
     ):  # fmt: skip
         parser.add_argument(f"--{name}", type=int, default=value)
-    parser.add_argument("--lr", type=float, default=5e-4)
+    parser.add_argument("--lr", type=float, default=1e-4)
     parser.add_argument("--arms", nargs="*", default=list(ARMS), choices=list(ARMS))
     parser.add_argument("--runs", type=Path, default=Path("runs/rl_lm"))
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")

@@ -187,7 +187,6 @@ def sparse_from_draws(
     k, dtype = uniforms.shape[-1], uniforms.dtype
     _check_k(k, K)
     _check_levels(alpha, sigma, tau)
-    _warn_of(tau)
     for name, x, shape in (
         ("uniforms", uniforms, (*x0.shape, k)),
         ("draws", draws, (*x0.shape, k)),
@@ -195,6 +194,7 @@ def sparse_from_draws(
     ):
         if jnp.shape(x) != shape:
             raise ValueError(f"{name} has shape {jnp.shape(x)}; expected {shape}")
+    _warn_of(tau)
     values = gaussian_topk(uniforms, K - 1, sigma)
     own = per_token(alpha, dtype) + per_token(sigma, dtype) * jnp.asarray(normals, dtype)
     in_topk = own > values[..., -1]
