@@ -130,6 +130,7 @@ def test_the_judge_knows_digits_and_noise():
 
 
 @needs_digits
+@pytest.mark.slow
 def test_a_run_trains_draws_and_writes(tmp_path, capsys):
     losses, values = train(tmp_path / "run")
     assert np.all(np.isfinite(losses)) and values["frechet/distance"] > values["frechet/held_out"]

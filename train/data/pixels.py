@@ -6,7 +6,7 @@ from typing import Annotated
 import jax
 import numpy as np
 
-from train.data.tabular import Shipped
+from train.data.tabular import Shipped, parts
 
 SHADES = " .,:;-~=+*xoXO#%@"  # one a level, from paper to ink
 
@@ -53,7 +53,9 @@ class Pixels:
         self, batch: int, *, seed: int, split: str, process_index: int = 0, process_count: int = 1
     ) -> "Levels":
         """The batches of a split: 'train', in a new order every epoch, or 'valid'."""
-        return Levels(self.spec(batch), self._shipped().make(batch, seed=seed, split=split))
+        shipped = self._shipped()
+        rows = shipped.make(batch, seed=seed, split=split)
+        return Levels(self.spec(batch), rows, *parts(shipped)[split])
 
     def text(self, rows: np.ndarray) -> list[str]:
         """Rows of tokens drawn with characters; what is no level (the mask) is a question mark."""
@@ -68,12 +70,13 @@ class Pixels:
 class Levels:
     """The rows of a part as tokens."""
 
-    def __init__(self, spec, rows):
+    def __init__(self, spec, rows, images: np.ndarray, labels: np.ndarray):
         self.spec, self.rows, self.num_batches = spec, rows, rows.num_batches
+        self._images, self._labels = images, labels
 
     def whole(self) -> dict[str, np.ndarray]:
         """The whole part, in the order of the data set."""
-        return {"tokens": levels(self.rows.x), "labels": self.rows.y}
+        return {"tokens": levels(self._images), "labels": self._labels}
 
     def batch_at(self, step: int, rows: slice | None = None) -> dict[str, np.ndarray]:
         """Rows `rows` (all if None) of the batch of a step."""
