@@ -30,6 +30,7 @@ class Sampled(TokenRows):
     temperature: float
     lag: int
     reference: bool
+    advantage: Any
 
     def check_sampling(self) -> None:
         """ValueError naming the field that cannot work."""
